@@ -1,0 +1,59 @@
+# Needs Python 3.11 or newer, with pip and venv; every target sets up .venv by itself when it is missing or stale.
+# Another interpreter: make test PYTHON=python3.13
+.PHONY: help demo test check fix bench setup clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PURE := */broker/books.py,*/broker/catalogue.py,*/broker/causes.py,*/broker/dispatcher.py,*/broker/model.py,*/broker/queues.py,*/broker/registry.py,*/broker/timers.py,*/broker/workforce.py,*/protocol/errors.py,*/protocol/fields.py,*/protocol/headers.py,*/protocol/identity.py,*/protocol/messages.py,*/protocol/slots.py
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+demo: .venv/.runtime  ## a short tour: contracts that crash, hang and eat memory, and a host that goes on
+	@$(BIN)/luacell demo
+
+test: .venv/.dev  ## run the tests
+	$(BIN)/python -m pytest
+
+check: .venv/.dev  ## what CI runs: format, lint, types, imports, compose file, tests with coverage
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+	$(BIN)/coverage report --include='$(PURE)' --fail-under=100
+
+fix: .venv/.dev  ## format, and mend what ruff can mend
+	$(BIN)/ruff check --fix --exit-zero
+	$(BIN)/ruff format
+
+bench: .venv/.dev  ## run the benchmarks
+	$(BIN)/python -m benchmarks
+
+setup: .venv/.dev  ## set up .venv with everything that the other targets need
+
+clean:  ## remove .venv and whatever the tools leave behind
+	rm -rf .venv dist .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are inside .venv and written last, so one that was only half made is made again. The demo does without the
+# development tools: a first look should not wait for them.
+.venv/.runtime: pyproject.toml
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo \
+	  "luacell needs Python 3.11 or newer with pip and venv: '$(PYTHON)' is missing, is older, or lacks them (on Debian" \
+	  "and Ubuntu: apt-get install python3-venv). To use another one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Installing luacell into .venv"
+	@$(PYTHON) -m venv --clear .venv
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/.dev: .venv/.runtime
+	@echo "Installing the development tools into .venv"
+	@$(PIP) --upgrade 'pip>=25.1'  # the first that knows --group
+	@$(PIP) --group dev
+	@touch $@

@@ -1,0 +1,1 @@
+"""The broker: registry, dispatcher, books of shared memory, and the loop that acts on what they decide."""

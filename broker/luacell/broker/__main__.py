@@ -1,0 +1,106 @@
+"""The broker process: `python -m luacell.broker --run-dir DIR`.
+
+Takes the run directory, serves until SIGTERM or SIGINT, and cleans up. With `--parent` it also ends when that process
+does. It reports on the descriptor `--ready-fd` when its sockets are bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import resource
+import select
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+from luacell.broker.rundir import RunDirectory, RunDirectoryError
+from luacell.broker.server import Server
+from luacell.protocol.limits import SPARES_MAX
+from luacell.protocol.logs import configure_logging
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a broker; return its exit code."""
+    options = _parse(arguments)
+    configure_logging(options.log_level)
+    _raise_descriptor_limit()
+    try:
+        run_directory = RunDirectory(options.run_dir)
+    except RunDirectoryError as error:
+        print(f"luacell broker: {error}", file=sys.stderr)
+        return 1
+    if options.parent:
+        _end_with(options.parent, run_directory, options.ephemeral)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
+    server = Server(run_directory, options.spares)
+    if options.ready_fd is not None:
+        os.write(options.ready_fd, b"1")
+        os.close(options.ready_fd)
+    try:
+        server.run()
+    except SystemExit:
+        return 0
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        server.close()
+        run_directory.close(remove=options.ephemeral)
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="luacell broker", description="Run a broker.")
+    parser.add_argument("--run-dir", type=Path, required=True, help="directory of its sockets, mode 0700")
+    parser.add_argument("--spares", type=_spares, default=1, help="blank workers to keep warm")
+    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--parent", type=int, help="pid to end with")
+    parser.add_argument("--ephemeral", action="store_true", help="remove the run directory at the end")
+    parser.add_argument("--ready-fd", type=int, help="descriptor to write a byte to when serving")
+    return parser.parse_args(arguments)
+
+
+def _spares(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= SPARES_MAX:
+        raise argparse.ArgumentTypeError(f"{value} is outside 0..{SPARES_MAX}")
+    return value
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def _raise_descriptor_limit() -> None:
+    """Take the hard limit: libzmq aborts when its listener runs out of descriptors."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _end_with(parent: int, run_directory: RunDirectory, ephemeral: bool) -> None:
+    """End this process as soon as `parent` is dead, whatever the loop is doing; leave no files."""
+
+    def wait(pidfd: int) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.poll()
+        run_directory.close(remove=ephemeral)
+        os._exit(1)
+
+    try:
+        pidfd = os.pidfd_open(parent)
+    except ProcessLookupError:
+        os._exit(1)
+    if os.getppid() != parent:
+        os._exit(1)
+    threading.Thread(target=wait, args=(pidfd,), name="luacell-parent", daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

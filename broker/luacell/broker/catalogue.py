@@ -1,0 +1,173 @@
+"""The catalogue: contracts that are served or about to be, how they load, and when they get workers.
+
+Decides on registration, replacement, removal and failed loads; answers to calls are the dispatcher's, so methods
+return the queued calls that must be failed. It loads nothing itself.
+
+    register ──> pending ──first load succeeded──> serving ──unregistered, replaced──> retired
+                    └────failed: nothing registered          (a later failed load: back-off, calls refused)
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from luacell.broker.model import Call, Contract, Effect, Record, Request, SendReply, Subject, Worker, WorkerState
+from luacell.broker.registry import ContractRecord, Registry
+from luacell.broker.timers import TimerWheel
+from luacell.broker.workforce import Workforce, backoff_ns
+from luacell.protocol.errors import AbiErrorCode, DuplicateContract, TypeMismatch, VmRegistrationFailed
+from luacell.protocol.limits import LOAD_LIMIT_NS, NS_PER_S, START_LIMIT_NS
+
+REGISTRATION_LIMIT_NS: Final = START_LIMIT_NS + LOAD_LIMIT_NS + NS_PER_S
+UNCALLED_NS: Final = 5 * NS_PER_S  # a contract that nobody calls keeps the worker that proved it no longer than this
+
+
+class Catalogue:
+    """Contracts by id.
+
+    Args:
+        registry: keeps their records.
+        workforce: gives them workers.
+        wheel: for limits.
+    """
+
+    def __init__(self, registry: Registry, workforce: Workforce, wheel: TimerWheel[Subject]) -> None:
+        self._registry = registry
+        self._workforce = workforce
+        self._wheel = wheel
+        self.serving: dict[int, Contract] = {}
+        self.pending: dict[int, Contract] = {}
+
+    def register(
+        self, request: Request, record: ContractRecord, *, replace: bool, now_ns: int, effects: list[Effect]
+    ) -> None:
+        """Begin a registration; its reply comes when the contract has loaded or failed to."""
+        current = self.serving.get(record.id)
+        if (current is not None and not replace) or record.id in self.pending:
+            reason = str(DuplicateContract(record.id))
+            effects.append(SendReply(request, "DuplicateContract", AbiErrorCode.DUPLICATE_PROVIDER, reason))
+            return
+        if self._registry.is_full and current is None:
+            reason = f"the registry holds {len(self._registry)} contracts, which is its limit; unregister some"
+            effects.append(SendReply(request, "Busy", AbiErrorCode.BUSY, reason))
+            return
+        if record.settings.sandbox != "default":
+            reason = f"sandbox level {record.settings.sandbox!r} is not available; this version has 'default' only"
+            effects.append(SendReply(request, "BadRequest", AbiErrorCode.BAD_REQUEST, reason))
+            return
+        if record.settings.workers > 1 and not record.settings.stateless:
+            reason = f"workers = {record.settings.workers} needs stateless = true: state lives in one worker"
+            effects.append(SendReply(request, "BadRequest", AbiErrorCode.BAD_REQUEST, reason))
+            return
+        contract = Contract(record, request=request, successor_of=current)
+        contract.timer = self._wheel.set(now_ns + REGISTRATION_LIMIT_NS, contract)
+        self.pending[record.id] = contract
+        self._workforce.request(contract, now_ns, effects)
+
+    def load_succeeded(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
+        """A worker has loaded the contract; if that was its registration, it is served from now on."""
+        contract.failures = 0
+        contract.failure = ""
+        contract.retry_ns = 0
+        request = contract.request
+        if request is None:
+            return
+        contract.request = None
+        del self.pending[contract.record.id]
+        self._set_timer(contract, now_ns + UNCALLED_NS)
+        self._succeed(contract, effects)
+        self._registry.put(contract.record)
+        self.serving[contract.record.id] = contract
+        effects.append(SendReply(request))
+        effects.append(Record("info", "contract registered", {"contract": contract.record.title}))
+
+    def load_failed(
+        self, contract: Contract, problem: str, reason: str, now_ns: int, effects: list[Effect]
+    ) -> list[Call]:
+        """A load failed: end the registration, or back off and return the calls to be failed."""
+        if contract.request is not None:
+            self._refuse(contract, contract.request, problem, reason, effects)
+            return []
+        contract.failures += 1
+        contract.failure = f"the chunk gave a Lua {reason}, no function" if problem == "type" else reason
+        contract.retry_ns = now_ns + backoff_ns(contract.failures)
+        effects.append(Record("error", "contract does not load", {"contract": contract.record.title, "reason": reason}))
+        self._workforce.withdraw(contract)
+        return [] if contract.workers else [call for _, call in contract.queue.drain()]
+
+    def staff(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
+        """Get the contract another worker where calls wait for one that it may have."""
+        if contract.wants_worker and contract not in self._workforce.waiting:
+            self._workforce.request(contract, now_ns, effects)
+
+    def remove(self, contract_id: int, effects: list[Effect]) -> list[Call]:
+        """Stop serving a contract; return its queued calls."""
+        contract = self.serving.pop(contract_id, None)
+        if contract is None:
+            return []
+        self._registry.remove(contract_id)
+        calls = [call for _, call in contract.queue.drain()]
+        self._retire(contract, effects)
+        effects.append(Record("info", "contract unregistered", {"contract": contract.record.title}))
+        return calls
+
+    def host_left(self, session_id: bytes, now_ns: int, effects: list[Effect]) -> list[Call]:
+        """Remove what was private to a host, registrations under way included; return queued calls."""
+        for contract in list(self.pending.values()):
+            if contract.record.owner == session_id and contract.request is not None:
+                self._refuse(contract, contract.request, "load", "its host is gone", effects)
+        return [call for record in self._registry.owned_by(session_id) for call in self.remove(record.id, effects)]
+
+    def time_passed(self, contract: Contract, now_ns: int, effects: list[Effect]) -> list[Call]:
+        """A registration took too long, or nobody called a contract that was registered."""
+        contract.timer = None
+        if contract.request is not None:
+            limit_s = REGISTRATION_LIMIT_NS // NS_PER_S
+            return self.load_failed(contract, "load", f"no worker was ready for it within {limit_s} s", now_ns, effects)
+        if not contract.called and not contract.retired:
+            for worker in list(contract.idle):
+                self._workforce.doom(worker, "nobody calls its contract", effects)
+        return []
+
+    def _refuse(self, contract: Contract, request: Request, problem: str, reason: str, effects: list[Effect]) -> None:
+        contract_id = contract.record.id
+        error: TypeMismatch | VmRegistrationFailed
+        if problem == "type":
+            error = TypeMismatch(contract_id, "Lua function", f"Lua {reason}")
+        else:
+            error = VmRegistrationFailed(contract_id, reason)
+        effects.append(SendReply(request, type(error).__name__, AbiErrorCode.GENERIC, reason))
+        contract.request = None
+        del self.pending[contract_id]
+        self._retire(contract, effects)
+
+    def _succeed(self, contract: Contract, effects: list[Effect]) -> None:
+        """Take over from the contract that is replaced."""
+        predecessor = contract.successor_of
+        contract.successor_of = None
+        if predecessor is None or predecessor.retired:
+            return
+        for session, call in predecessor.queue.drain():
+            call.contract = contract
+            contract.queue.push(session, call)
+        self._retire(predecessor, effects)
+
+    def _retire(self, contract: Contract, effects: list[Effect]) -> None:
+        """Let workers go: at once where they hold no call, else when it has ended."""
+        contract.retired = True
+        self._workforce.withdraw(contract)
+        if contract.timer is not None:
+            self._wheel.cancel(contract.timer)
+            contract.timer = None
+        for worker in list(contract.workers):
+            if not _holds_call(worker):
+                self._workforce.doom(worker, "its contract is no longer served", effects)
+
+    def _set_timer(self, contract: Contract, when_ns: int) -> None:
+        if contract.timer is not None:
+            self._wheel.cancel(contract.timer)
+        contract.timer = self._wheel.set(when_ns, contract)
+
+
+def _holds_call(worker: Worker) -> bool:
+    return worker.state is WorkerState.BUSY

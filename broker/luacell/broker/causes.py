@@ -1,0 +1,52 @@
+"""Why a worker died, in the terms that callers are told; pure text and numbers."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+
+SIGALRM = int(signal.SIGALRM)
+SIGKILL = int(signal.SIGKILL)
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """How a worker ended, as the worker host saw it.
+
+    Attributes:
+        signal: number of the signal that ended it, or None.
+        exit_code: its exit code where it exited, or None.
+        problem: why it could not be started, or "".
+    """
+
+    signal: int | None = None
+    exit_code: int | None = None
+    problem: str = ""
+
+    def __str__(self) -> str:
+        if self.problem:
+            return self.problem
+        if self.signal is not None:
+            return f"signal {self.signal} ({_signal_name(self.signal)})"
+        if self.exit_code is not None:
+            return f"exit code {self.exit_code}"
+        return "an unknown cause"
+
+    @property
+    def label(self) -> str:
+        """A short key for counting deaths."""
+        if self.signal is not None:
+            return _signal_name(self.signal)
+        if self.exit_code is not None:
+            return f"exit {self.exit_code}"
+        return "start failed" if self.problem else "unknown"
+
+
+UNKNOWN = Cause()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIG{number}"

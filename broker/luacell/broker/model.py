@@ -1,0 +1,284 @@
+"""What the dispatcher reasons about: hosts, contracts, workers and calls, and the effects it asks for.
+
+Plain state with questions about itself; all changes are made by the dispatcher and the workforce.
+
+    call:    QUEUED ──sent to a worker──> HELD ──done, or its worker died──> ENDED
+                 └──── expired, cancelled, host gone ────────────────────────^
+
+    worker:  STARTING ──ready──> BLANK ──load──> LOADING ──loaded──> IDLE <──done── BUSY
+             any state ──kill ordered──> DOOMED ──died──> gone                └─sent─^
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple, Protocol
+
+from luacell.broker.books import Pair
+from luacell.broker.queues import FairQueue
+from luacell.broker.registry import ContractRecord
+from luacell.broker.timers import Timer
+from luacell.protocol import headers
+from luacell.protocol.errors import AbiErrorCode, Began
+from luacell.protocol.limits import NS_PER_US, QUEUE_MAX
+from luacell.protocol.slots import Answer
+
+
+class CallState(Enum):
+    """Where a call stands."""
+
+    QUEUED = "queued"
+    HELD = "held"
+    ENDED = "ended"
+
+
+class WorkerState(Enum):
+    """Where a worker stands."""
+
+    STARTING = "starting"
+    BLANK = "blank"
+    LOADING = "loading"
+    IDLE = "idle"
+    BUSY = "busy"
+    DOOMED = "doomed"
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """A host's connection.
+
+    Attributes:
+        id: its routing id.
+        calls: in flight, by call id; a call leaves when its slot is free.
+    """
+
+    id: bytes
+    calls: dict[int, Call] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call from its acceptance until its slot is free.
+
+    Attributes:
+        header: as the host sent it, checked.
+        pair: the segments its slot lies in.
+        answered: whether the host has its one answer.
+        sequence: number among the calls of its worker, 0 before.
+        attempts: times it was handed to a worker.
+    """
+
+    session: Session
+    header: headers.Call
+    contract: Contract
+    pair: Pair
+    arrived_ns: int
+    deadline_ns: int
+    state: CallState = CallState.QUEUED
+    answered: bool = False
+    worker: Worker | None = None
+    sequence: int = 0
+    sent_ns: int = 0
+    attempts: int = 0
+    timer: Timer[Subject] | None = None
+
+    @property
+    def title(self) -> str:
+        """The call as messages name it."""
+        return f"{self.contract.record.title} fn {self.header.fn_id}"
+
+
+@dataclass(slots=True, eq=False)
+class Contract:
+    """A contract that is served, or that is being registered.
+
+    Attributes:
+        request: the registration that waits for its first load, or None.
+        successor_of: the contract that this one replaces once it has loaded.
+        workers: those that serve or load it, without doomed ones.
+        idle: a subset of `workers`, the most recently used last.
+        called: whether any call was handed to a worker.
+        retired: no longer served; what its workers hold ends first.
+        failures: loads that failed in a row.
+        failure: why the last one did, or "".
+        retry_ns: no load before this point in time.
+    """
+
+    record: ContractRecord
+    request: Request | None = None
+    successor_of: Contract | None = None
+    queue: FairQueue[Session, Call] = field(default_factory=lambda: FairQueue(QUEUE_MAX))
+    workers: set[Worker] = field(default_factory=set)
+    idle: list[Worker] = field(default_factory=list)
+    called: bool = False
+    retired: bool = False
+    failures: int = 0
+    failure: str = ""
+    retry_ns: int = 0
+    timer: Timer[Subject] | None = None
+
+    @property
+    def run_limit_ns(self) -> int:
+        """Nanoseconds a call may run before its worker is killed for good."""
+        return self.record.settings.run_limit_us * NS_PER_US
+
+    @property
+    def wants_worker(self) -> bool:
+        """Whether calls, or its registration, wait for a worker that it may have and does not have yet."""
+        if self.request is not None:
+            return not self.workers
+        loading = sum(worker.state is WorkerState.LOADING for worker in self.workers)
+        return len(self.queue) > loading and len(self.workers) < self.record.settings.workers
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """A worker process, from the order to start it until its death is known.
+
+    Attributes:
+        id: number, never reused in this broker's life.
+        routing_id: its identity on the ROUTER.
+        pid: 0 until the worker host has reported it.
+        sequence: of the last call it was given.
+        verdict: why it is doomed, for the caller that hears of its death, or "".
+        served: calls it has finished.
+    """
+
+    id: int
+    routing_id: bytes
+    state: WorkerState = WorkerState.STARTING
+    pid: int = 0
+    contract: Contract | None = None
+    call: Call | None = None
+    sequence: int = 0
+    served: int = 0
+    verdict: str = ""
+    timer: Timer[Subject] | None = None
+
+
+class Waiter(Protocol):
+    """Something else that waits for a point in time."""
+
+    def replenish(self, now_ns: int, effects: list[Effect]) -> None:
+        """Act on it."""
+
+
+Subject = Call | Worker | Contract | Waiter
+
+
+class Request(NamedTuple):
+    """A host's control request that is answered later."""
+
+    session_id: bytes
+    request_id: int
+
+
+# -- effects: what the server is to do --------------------------------------------------------------------------------
+class SlotMemory(Protocol):
+    """What the dispatcher needs of shared memory; the server provides it."""
+
+    def look(self, call: Call) -> Answer:
+        """Return what the worker has written about its calls into the call's slot."""
+
+    def withdraw(self, call: Call) -> None:
+        """Forbid the worker to begin the call; ordered before any later `look`."""
+
+
+class SendCall(NamedTuple):
+    """Send EXECUTE to the worker that holds the call, after MAP where it has not seen the pair."""
+
+    worker: Worker
+    call: Call
+
+
+class SendResult(NamedTuple):
+    """Send RESULT to the call's host."""
+
+    call: Call
+    code: int
+    out_size: int
+    error_size: int
+    slot_free: bool
+
+
+class SendFailure(NamedTuple):
+    """Send FAILURE to a host."""
+
+    session_id: bytes
+    call_id: int
+    code: AbiErrorCode
+    message: str
+    kind: str = ""
+    slot: str = "free"
+    began: Began = "no"
+    signal: int | None = None
+    exit_code: int | None = None
+    limit: str = ""
+    queued: float | None = None
+    ran: float | None = None
+
+
+class SendReleased(NamedTuple):
+    """Tell a host that the slot of an answered call is free."""
+
+    session_id: bytes
+    call_id: int
+
+
+class SendReply(NamedTuple):
+    """Answer a control request."""
+
+    request: Request
+    kind: str = ""
+    code: AbiErrorCode = AbiErrorCode.OK
+    reason: str = ""
+    body: Mapping[str, Any] = {}
+
+
+class StartWorker(NamedTuple):
+    """Order a blank worker from the worker host."""
+
+    worker: Worker
+
+
+class LoadWorker(NamedTuple):
+    """Give a blank worker its contract."""
+
+    worker: Worker
+    record: ContractRecord
+
+
+class KillWorker(NamedTuple):
+    """Order a worker's death."""
+
+    worker: Worker
+
+
+class DropPair(NamedTuple):
+    """Unmap and close a pair of segments that nobody uses any more."""
+
+    pair: Pair
+
+
+class Record(NamedTuple):
+    """Write a log record."""
+
+    level: str
+    event: str
+    fields: Mapping[str, Any]
+
+
+Effect = (
+    SendCall
+    | SendResult
+    | SendFailure
+    | SendReleased
+    | SendReply
+    | StartWorker
+    | LoadWorker
+    | KillWorker
+    | DropPair
+    | Record
+)

@@ -1,0 +1,93 @@
+"""A bounded queue that is fair over owners: each gets its turn, however many items another has queued.
+
+It knows nothing of calls or time.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+Owner = TypeVar("Owner", bound=Hashable)
+Item = TypeVar("Item", bound=Hashable)
+
+
+class FairQueue(Generic[Owner, Item]):
+    """Items in order of arrival per owner; owners take turns.
+
+    Args:
+        bound: items held over all owners.
+    """
+
+    def __init__(self, bound: int) -> None:
+        self._bound = bound
+        self._lanes: OrderedDict[Owner, OrderedDict[Item, None]] = OrderedDict()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def is_full(self) -> bool:
+        """Whether another item would exceed the bound."""
+        return self._count >= self._bound
+
+    def push(self, owner: Owner, item: Item) -> None:
+        """Append an item; the caller has checked `is_full`."""
+        assert not self.is_full, self._count
+        self._lane(owner)[item] = None
+        self._count += 1
+
+    def push_front(self, owner: Owner, item: Item) -> None:
+        """Put an item back that was popped, ahead of all others; it may exceed the bound."""
+        lane = self._lane(owner)
+        lane[item] = None
+        lane.move_to_end(item, last=False)
+        self._lanes.move_to_end(owner, last=False)
+        self._count += 1
+
+    def pop(self) -> Item | None:
+        """Remove and return the next item, or None."""
+        if not self._lanes:
+            return None
+        owner, lane = next(iter(self._lanes.items()))
+        item, _ = lane.popitem(last=False)
+        self._count -= 1
+        if lane:
+            self._lanes.move_to_end(owner)
+        else:
+            del self._lanes[owner]
+        return item
+
+    def remove(self, owner: Owner, item: Item) -> None:
+        """Remove an item that is queued."""
+        lane = self._lanes[owner]
+        del lane[item]
+        self._count -= 1
+        if not lane:
+            del self._lanes[owner]
+
+    def drop_owner(self, owner: Owner) -> list[Item]:
+        """Remove and return all items of an owner, oldest first."""
+        lane = self._lanes.pop(owner, None)
+        if lane is None:
+            return []
+        self._count -= len(lane)
+        return list(lane)
+
+    def drain(self) -> list[tuple[Owner, Item]]:
+        """Remove and return everything, in the order `pop` would have."""
+        items: list[tuple[Owner, Item]] = []
+        while self._lanes:
+            owner = next(iter(self._lanes))
+            item = self.pop()
+            assert item is not None
+            items.append((owner, item))
+        return items
+
+    def _lane(self, owner: Owner) -> OrderedDict[Item, None]:
+        lane = self._lanes.get(owner)
+        if lane is None:
+            lane = self._lanes[owner] = OrderedDict()
+        return lane

@@ -1,0 +1,113 @@
+"""The registry: which contracts there are and what each consists of.
+
+It keeps records; it loads nothing and dispatches nothing. A private contract belongs to one host's session and
+appears in no listing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from luacell.protocol.identity import Version, format_id
+from luacell.protocol.limits import CONTRACTS_MAX, LISTED_CONTRACTS_MAX
+from luacell.protocol.messages import Register, Settings, id_of
+
+
+@dataclass(frozen=True, slots=True)
+class ContractRecord:
+    """A contract as it was registered.
+
+    Attributes:
+        id: u64.
+        name: dotted, or "".
+        version: None when only the id is known.
+        source: the chunk.
+        chunk_name: in Lua's form.
+        modules: by `require` name.
+        settings: limits and kind.
+        owner: the session a private contract belongs to, or None.
+    """
+
+    id: int
+    name: str
+    version: Version | None
+    source: bytes
+    chunk_name: str
+    modules: Mapping[str, bytes]
+    settings: Settings
+    owner: bytes | None = None
+
+    @classmethod
+    def from_message(cls, message: Register, session: bytes) -> ContractRecord:
+        """Read a registration that the codec has checked.
+
+        Raises:
+            ValueError: the version is out of range.
+        """
+        packed = message.version
+        version = Version(packed >> 32, packed >> 16 & 0xFFFF, packed & 0xFFFF) if message.name else None
+        return cls(
+            id=id_of(message.contract),
+            name=message.name,
+            version=version,
+            source=message.source,
+            chunk_name=message.chunk_name,
+            modules=message.modules,
+            settings=Settings.from_message(message),
+            owner=session if message.private else None,
+        )
+
+    @property
+    def title(self) -> str:
+        """The contract as messages name it."""
+        if self.version is None:
+            return format_id(self.id)
+        return f"{self.name}@{self.version.major}"
+
+    def as_listed(self) -> dict[str, Any]:
+        """Return what a listing shows."""
+        return {
+            "id": self.id.to_bytes(8, "little"),
+            "name": self.name,
+            "version": str(self.version) if self.version else "",
+            "deadline_us": self.settings.deadline_us,
+            "stateless": self.settings.stateless,
+            "workers": self.settings.workers,
+        }
+
+
+class Registry:
+    """Contract records by id."""
+
+    def __init__(self) -> None:
+        self._records: dict[int, ContractRecord] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, contract_id: int) -> bool:
+        return contract_id in self._records
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no contract can be added."""
+        return len(self._records) >= CONTRACTS_MAX
+
+    def put(self, record: ContractRecord) -> None:
+        """Add a record, or replace the one of its id."""
+        self._records[record.id] = record
+
+    def remove(self, contract_id: int) -> ContractRecord | None:
+        """Remove and return a record, or None."""
+        return self._records.pop(contract_id, None)
+
+    def owned_by(self, session: bytes) -> list[ContractRecord]:
+        """Return the private contracts of a session."""
+        return [record for record in self._records.values() if record.owner == session]
+
+    def page(self, first: int) -> tuple[list[dict[str, Any]], int]:
+        """Return listed contracts from position `first` in order of id, and how many there are in all."""
+        listed = sorted((record for record in self._records.values() if record.owner is None), key=lambda r: r.id)
+        return [record.as_listed() for record in listed[first : first + LISTED_CONTRACTS_MAX]], len(listed)

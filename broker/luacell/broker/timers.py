@@ -1,0 +1,70 @@
+"""A coarse timer wheel: cheap to set and to cancel, never early, late by one bucket at most.
+
+It decides nothing and reads no clock: `expired(now_ns)` returns what is due. Almost every timer of a broker is
+cancelled (its call was answered), so cancelling removes the entry at once and nothing piles up.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import Final, Generic, TypeVar
+
+from luacell.protocol.limits import NS_PER_MS
+
+BUCKET_NS: Final = 4 * NS_PER_MS  # resolution; the promise on answers is 250 ms
+
+T = TypeVar("T")
+
+
+class Timer(Generic[T]):
+    """One pending wake-up for `subject`; made by `TimerWheel.set`."""
+
+    __slots__ = ("bucket", "subject")
+
+    def __init__(self, bucket: int, subject: T) -> None:
+        self.bucket = bucket
+        self.subject = subject
+
+
+class TimerWheel(Generic[T]):
+    """Timers by bucket of time; bounded by the timers pending and the buckets of the longest one."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, dict[Timer[T], None]] = {}
+        self._order: list[int] = []  # heap of the keys of _buckets, each once
+
+    def __len__(self) -> int:
+        return sum(len(bucket) for bucket in self._buckets.values())
+
+    def set(self, when_ns: int, subject: T) -> Timer[T]:
+        """Ask for `subject` at `when_ns` or up to BUCKET_NS later."""
+        number = when_ns // BUCKET_NS + 1
+        timer = Timer(number, subject)
+        bucket = self._buckets.get(number)
+        if bucket is None:
+            bucket = self._buckets[number] = {}
+            heapq.heappush(self._order, number)
+        bucket[timer] = None
+        return timer
+
+    def cancel(self, timer: Timer[T]) -> None:
+        """Forget a timer; one that has expired is ignored."""
+        bucket = self._buckets.get(timer.bucket)
+        if bucket is not None:
+            bucket.pop(timer, None)
+
+    def next_ns(self) -> int | None:
+        """Return when `expired` has something next, or None."""
+        while self._order:
+            number = self._order[0]
+            if self._buckets[number]:
+                return number * BUCKET_NS
+            del self._buckets[heapq.heappop(self._order)]
+        return None
+
+    def expired(self, now_ns: int) -> list[T]:
+        """Remove and return the subjects that are due, earliest bucket first."""
+        due: list[T] = []
+        while self._order and self._order[0] * BUCKET_NS <= now_ns:
+            due.extend(timer.subject for timer in self._buckets.pop(heapq.heappop(self._order)))
+        return due

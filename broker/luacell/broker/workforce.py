@@ -1,0 +1,167 @@
+"""The workforce: how many blank workers are kept, which contract gets the next one, and who must go.
+
+It orders starts, loads and kills as effects and hears of their outcome; it holds no process. Calls are the
+dispatcher's business.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from typing import Final
+
+from luacell.broker.causes import Cause
+from luacell.broker.model import Contract, Effect, KillWorker, LoadWorker, Record, StartWorker, Subject, Worker, WorkerState
+from luacell.broker.timers import TimerWheel
+from luacell.protocol.limits import LOAD_LIMIT_NS, NS_PER_MS, NS_PER_S, START_LIMIT_NS, WORKERS_MAX
+
+BACKOFF_FIRST_NS: Final = 10 * NS_PER_MS
+BACKOFF_MAX_NS: Final = 5 * NS_PER_S
+STARTS_AT_ONCE_MAX: Final = 8  # forks of ~7 ms each that may be under way together
+
+
+def backoff_ns(failures: int) -> int:
+    """Return how long to wait after so many failures in a row: 10 ms, 20 ms, … 5 s."""
+    return min(BACKOFF_FIRST_NS << min(failures - 1, 16), BACKOFF_MAX_NS)
+
+
+class Workforce:
+    """All workers of one broker.
+
+    Args:
+        wheel: for limits on starting and loading.
+        new_routing_id: makes 16 unguessable bytes.
+        spares: blank workers to keep.
+    """
+
+    def __init__(self, wheel: TimerWheel[Subject], new_routing_id: Callable[[], bytes], spares: int) -> None:
+        self._wheel = wheel
+        self._new_routing_id = new_routing_id
+        self._spares = spares
+        self._last_id = 0
+        self._start_failures = 0
+        self._retry_ns = 0
+        self.by_id: dict[int, Worker] = {}
+        self.by_routing_id: dict[bytes, Worker] = {}
+        self.blank: deque[Worker] = deque()
+        self.waiting: OrderedDict[Contract, None] = OrderedDict()
+        self.deaths: Counter[str] = Counter()
+        self.has_host = False
+
+    @property
+    def starting_count(self) -> int:
+        """Workers that were ordered and are not ready."""
+        return sum(worker.state is WorkerState.STARTING for worker in self.by_id.values())
+
+    def request(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
+        """Get a worker for a contract: a blank one now, or the next that becomes ready."""
+        if self.blank:
+            self._assign(self.blank.popleft(), contract, now_ns, effects)
+        else:
+            self.waiting[contract] = None
+        self.replenish(now_ns, effects)
+
+    def replenish(self, now_ns: int, effects: list[Effect]) -> None:
+        """Order the starts that are missing, within the bounds."""
+        if not self.has_host or now_ns < self._retry_ns:
+            return
+        starting = self.starting_count
+        missing = self._spares + len(self.waiting) - starting - len(self.blank)
+        room = min(WORKERS_MAX - len(self.by_id), STARTS_AT_ONCE_MAX - starting)
+        for _ in range(min(missing, room)):
+            self._last_id += 1
+            worker = Worker(self._last_id, self._new_routing_id())
+            worker.timer = self._wheel.set(now_ns + START_LIMIT_NS, worker)
+            self.by_id[worker.id] = self.by_routing_id[worker.routing_id] = worker
+            effects.append(StartWorker(worker))
+
+    def ready(self, worker: Worker, now_ns: int, effects: list[Effect]) -> None:
+        """Take a worker that has connected into service."""
+        self._stop_timer(worker)
+        self._start_failures = 0
+        worker.state = WorkerState.BLANK
+        if self.waiting:
+            contract, _ = self.waiting.popitem(last=False)
+            self._assign(worker, contract, now_ns, effects)
+        else:
+            self.blank.append(worker)
+        self.replenish(now_ns, effects)
+
+    def loaded(self, worker: Worker) -> None:
+        """Note that a worker has its contract."""
+        self._stop_timer(worker)
+        worker.state = WorkerState.IDLE
+
+    def doom(self, worker: Worker, verdict: str, effects: list[Effect]) -> None:
+        """Order a worker's death, once, and let nobody use it any more."""
+        if worker.state is WorkerState.DOOMED:
+            return
+        self._stop_timer(worker)
+        if worker.state is WorkerState.BLANK:
+            self.blank.remove(worker)
+        leave_contract(worker)
+        worker.state = WorkerState.DOOMED
+        worker.verdict = verdict
+        effects.append(KillWorker(worker))
+
+    def died(self, worker: Worker, cause: Cause, now_ns: int, effects: list[Effect]) -> None:
+        """Forget a dead worker; back off when it died before it was ready."""
+        del self.by_id[worker.id], self.by_routing_id[worker.routing_id]
+        self._stop_timer(worker)
+        self.deaths[cause.label] += 1
+        effects.append(_death_record(worker, cause))
+        if worker.state is WorkerState.STARTING:
+            self._start_failures += 1
+            self._retry_ns = now_ns + backoff_ns(self._start_failures)
+            self._wheel.set(self._retry_ns, self)
+        elif worker.state is WorkerState.BLANK:
+            self.blank.remove(worker)
+        leave_contract(worker)
+        self.replenish(now_ns, effects)
+
+    def host_joined(self, now_ns: int, effects: list[Effect]) -> None:
+        """A worker host is there: starts may be ordered."""
+        self.has_host = True
+        self._start_failures = 0
+        self._retry_ns = 0
+        self.replenish(now_ns, effects)
+
+    def withdraw(self, contract: Contract) -> None:
+        """Forget that a contract waits for a worker."""
+        self.waiting.pop(contract, None)
+
+    def _assign(self, worker: Worker, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
+        worker.state = WorkerState.LOADING
+        worker.contract = contract
+        contract.workers.add(worker)
+        worker.timer = self._wheel.set(now_ns + LOAD_LIMIT_NS, worker)
+        effects.append(LoadWorker(worker, contract.record))
+
+    def _stop_timer(self, worker: Worker) -> None:
+        if worker.timer is not None:
+            self._wheel.cancel(worker.timer)
+            worker.timer = None
+
+
+def leave_contract(worker: Worker) -> None:
+    """Take a worker out of its contract's sets; it keeps the reference for messages."""
+    contract = worker.contract
+    if contract is None:
+        return
+    contract.workers.discard(worker)
+    if worker in contract.idle:
+        contract.idle.remove(worker)
+
+
+def _death_record(worker: Worker, cause: Cause) -> Record:
+    expected = worker.state is WorkerState.DOOMED
+    fields = {
+        "worker": worker.id,
+        "pid": worker.pid,
+        "contract": worker.contract.record.title if worker.contract else None,
+        "state": worker.state.value,
+        "cause": str(cause),
+        "verdict": worker.verdict,
+        "served": worker.served,
+    }
+    return Record("info" if expected else "warning", "worker died", fields)

@@ -1,0 +1,103 @@
+"""What hosts use: bridges to Lua host contracts, and the errors they raise.
+
+    from luacell.client import LuaFunction, LuaHostBridge
+
+    with LuaHostBridge() as bridge:
+        bridge.register_host_contract("host.echo@1", LuaFunction(source))
+        reply = bridge.call("host.echo@1", 0, b"hello", 5)
+"""
+
+from luacell.client.bridge import LuaHostBridge
+from luacell.client.deployment import DeploymentError
+from luacell.client.function import LuaFunction
+from luacell.client.replies import ContractInfo
+from luacell.client.scratch import ScratchVm
+from luacell.protocol.errors import (
+    AbiError,
+    AbiErrorCode,
+    BadRequest,
+    BridgeClosed,
+    BridgeError,
+    BridgeForked,
+    BridgeNotInitialized,
+    BufferTooSmall,
+    Busy,
+    CallError,
+    Cancelled,
+    ContractLoadFailed,
+    ContractNotFound,
+    DeadlineExceeded,
+    DuplicateContract,
+    DuplicateProvider,
+    FunctionNotAvailable,
+    Generic,
+    HostContractCallFailed,
+    HostContractNotFound,
+    HostContractVersionMismatch,
+    InvalidPointer,
+    LuacellError,
+    NotFound,
+    OutOfMemory,
+    Panic,
+    ProtocolError,
+    Quarantined,
+    ReentrantCall,
+    StaleHandle,
+    SupportedLanguage,
+    TooLarge,
+    TypeMismatch,
+    Unauthorized,
+    Unavailable,
+    VmDispatchFailed,
+    VmRegistrationFailed,
+    WorkerCrashed,
+)
+from luacell.protocol.identity import GuestContractId, HostContractId
+
+__all__ = [
+    "AbiError",
+    "AbiErrorCode",
+    "BadRequest",
+    "BridgeClosed",
+    "BridgeError",
+    "BridgeForked",
+    "BridgeNotInitialized",
+    "BufferTooSmall",
+    "Busy",
+    "CallError",
+    "Cancelled",
+    "ContractInfo",
+    "ContractLoadFailed",
+    "ContractNotFound",
+    "DeadlineExceeded",
+    "DeploymentError",
+    "DuplicateContract",
+    "DuplicateProvider",
+    "FunctionNotAvailable",
+    "Generic",
+    "GuestContractId",
+    "HostContractCallFailed",
+    "HostContractId",
+    "HostContractNotFound",
+    "HostContractVersionMismatch",
+    "InvalidPointer",
+    "LuaFunction",
+    "LuaHostBridge",
+    "LuacellError",
+    "NotFound",
+    "OutOfMemory",
+    "Panic",
+    "ProtocolError",
+    "Quarantined",
+    "ReentrantCall",
+    "ScratchVm",
+    "StaleHandle",
+    "SupportedLanguage",
+    "TooLarge",
+    "TypeMismatch",
+    "Unauthorized",
+    "Unavailable",
+    "VmDispatchFailed",
+    "VmRegistrationFailed",
+    "WorkerCrashed",
+]

@@ -1,0 +1,209 @@
+"""Deployment directories: `luacell.toml`, the Lua sources beside it, and what they say of each contract.
+
+It reads and checks files; it registers nothing. Unknown keys are errors, with the key that was probably meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from luacell.client.function import LuaFunction
+from luacell.protocol.errors import LuacellError
+from luacell.protocol.identity import ContractRef
+from luacell.protocol.limits import (
+    DEADLINE_DEFAULT_US,
+    DEADLINE_MAX_US,
+    KIB,
+    MEMORY_DEFAULT,
+    MEMORY_MAX,
+    MEMORY_MIN,
+    MIB,
+    SOURCE_MAX,
+    WORKERS_PER_CONTRACT_MAX,
+)
+from luacell.protocol.messages import SANDBOX_LEVELS, Settings
+
+MANIFEST: Final = "luacell.toml"
+MODULES_MAX: Final = 1000
+
+_TOP_KEYS: Final = ("contract",)
+_CONTRACT_KEYS: Final = (
+    "source",
+    "workers",
+    "deadline",
+    "run_limit",
+    "memory",
+    "sandbox",
+    "stateless",
+    "idempotent",
+)
+_DURATION: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(us|ms|s)")
+_DURATION_US: Final = {"us": 1, "ms": 1_000, "s": 1_000_000}
+_SIZE: Final = re.compile(r"([0-9]+)\s*(B|KiB|MiB|GiB)")
+_SIZE_BYTES: Final = {"B": 1, "KiB": KIB, "MiB": MIB, "GiB": 1024 * MIB}
+
+
+class DeploymentError(LuacellError):
+    """A deployment directory is not right; the text names file, table, key, value and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One contract of a directory."""
+
+    ref: ContractRef
+    function: LuaFunction
+    settings: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A directory that was read whole.
+
+    Attributes:
+        units: its contracts, in the order of the file.
+        modules: its Lua files by `require` name.
+    """
+
+    units: tuple[Unit, ...]
+    modules: dict[str, bytes]
+
+    @classmethod
+    def read(cls, directory: Path) -> Deployment:
+        """Read and check a directory.
+
+        Raises:
+            DeploymentError: something is missing, malformed, unknown or too large.
+        """
+        manifest = directory / MANIFEST
+        try:
+            tables = tomllib.loads(manifest.read_text("utf-8"))
+        except OSError as error:
+            raise DeploymentError(f"cannot read {manifest}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise DeploymentError(f"{manifest}: {error}") from None
+        _refuse_unknown(manifest, "", tables, _TOP_KEYS)
+        contracts = tables.get("contract")
+        if not isinstance(contracts, dict) or not contracts:
+            raise DeploymentError(f'{manifest}: names no contract; add a table [contract."host.name@1"]')
+        units = tuple(_read_unit(directory, manifest, name, table) for name, table in contracts.items())
+        return cls(units, _read_modules(directory))
+
+
+class _Table:
+    """One contract's table, with errors that say where."""
+
+    def __init__(self, manifest: Path, name: str, values: dict[str, Any]) -> None:
+        self._where = f'{manifest}: [contract."{name}"]'
+        self._values = values
+
+    def error(self, key: str, wanted: str) -> DeploymentError:
+        return DeploymentError(f"{self._where}: {key} = {self._values.get(key)!r} is not {wanted}")
+
+    def boolean(self, key: str) -> bool:
+        value = self._values.get(key, False)
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return value
+
+    def integer(self, key: str, default: int, low: int, high: int) -> int:
+        value = self._values.get(key, default)
+        if type(value) is not int or not low <= value <= high:
+            raise self.error(key, f"an integer in {low}..{high}")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._values.get(key, default)
+        if not isinstance(value, str):
+            raise self.error(key, "a text") if key in self._values else DeploymentError(f"{self._where}: lacks {key}")
+        return value
+
+    def duration_us(self, key: str, default: int) -> int:
+        if key not in self._values:
+            return default
+        match = _DURATION.fullmatch(self.text(key))
+        value = round(float(match[1]) * _DURATION_US[match[2]]) if match else 0
+        if not 1 <= value <= DEADLINE_MAX_US:
+            raise self.error(key, f'a duration such as "250ms", over 0 and at most {DEADLINE_MAX_US // 1_000_000} s')
+        return value
+
+    def size(self, key: str, default: int, low: int, high: int) -> int:
+        if key not in self._values:
+            return default
+        match = _SIZE.fullmatch(self.text(key))
+        value = int(match[1]) * _SIZE_BYTES[match[2]] if match else 0
+        if not low <= value <= high:
+            raise self.error(key, f'a size such as "64MiB", from {low // MIB} MiB to {high // MIB} MiB')
+        return value
+
+
+def _read_unit(directory: Path, manifest: Path, name: str, values: object) -> Unit:
+    if not isinstance(values, dict):
+        raise DeploymentError(f"{manifest}: contract.{name} is not a table")
+    _refuse_unknown(manifest, f'contract."{name}"', values, _CONTRACT_KEYS)
+    try:
+        ref = ContractRef.of(name)
+    except ValueError as error:
+        raise DeploymentError(f'{manifest}: [contract."{name}"]: {error}') from None
+    table = _Table(manifest, name, values)
+    deadline_us = table.duration_us("deadline", DEADLINE_DEFAULT_US)
+    sandbox = table.text("sandbox", "default")
+    if sandbox not in SANDBOX_LEVELS:
+        raise table.error("sandbox", f"one of {', '.join(SANDBOX_LEVELS)}")
+    settings = Settings(
+        deadline_us=deadline_us,
+        run_limit_us=table.duration_us("run_limit", deadline_us),
+        memory=table.size("memory", MEMORY_DEFAULT, MEMORY_MIN, MEMORY_MAX),
+        workers=table.integer("workers", 1, 1, WORKERS_PER_CONTRACT_MAX),
+        stateless=table.boolean("stateless"),
+        idempotent=table.boolean("idempotent"),
+        sandbox=sandbox,
+    )
+    return Unit(ref, _read_source(directory, table), settings)
+
+
+def _read_source(directory: Path, table: _Table) -> LuaFunction:
+    relative = Path(table.text("source"))
+    path = directory / relative
+    if relative.is_absolute() or not path.resolve().is_relative_to(directory.resolve()):
+        raise table.error("source", f"a file in {directory}")
+    try:
+        return LuaFunction(path.read_bytes(), chunk_name=f"@{relative}")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise table.error("source", f"a readable Lua file ({reason})") from None
+
+
+def _read_modules(directory: Path) -> dict[str, bytes]:
+    """Read every Lua file of the directory, named as `require` names it."""
+    modules: dict[str, bytes] = {}
+    total = 0
+    for path in sorted(directory.rglob("*.lua")):
+        relative = path.relative_to(directory)
+        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+            continue
+        source = path.read_bytes()
+        total += len(source)
+        name = ".".join(relative.with_suffix("").parts)
+        modules[name] = source
+        if name.endswith(".init"):
+            modules[name.removesuffix(".init")] = source
+        if total > SOURCE_MAX or len(modules) > MODULES_MAX:
+            raise DeploymentError(
+                f"{directory} holds more than {SOURCE_MAX} bytes or {MODULES_MAX} modules of Lua; {path} is one too many"
+            )
+    return modules
+
+
+def _refuse_unknown(manifest: Path, table: str, values: dict[str, Any], known: tuple[str, ...]) -> None:
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+            where = f" [{table}]" if table else ""
+            raise DeploymentError(f"{manifest}:{where} unknown key {key!r}{hint}")

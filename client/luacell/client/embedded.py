@@ -1,0 +1,117 @@
+"""The embedded default: a broker and workers of the bridge's own, in a private directory, gone with the bridge.
+
+It starts `python -m luacell.cli.serve` in a session of its own, so that Ctrl-C does not reach it, and lets it watch
+this process. It speaks no protocol.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+from luacell.protocol.errors import BridgeNotInitialized
+from luacell.protocol.paths import EMBEDDED_PREFIX, LOCK_FILE
+
+START_LIMIT_S: Final = 10.0
+STOP_LIMIT_S: Final = 3.0
+SWEEP_MAX: Final = 64  # leftovers looked at per start
+SWEEP_AGE_S: Final = 10.0  # younger directories may be of a service that is just starting
+
+
+class EmbeddedService:
+    """A private service.
+
+    Args:
+        spares: blank workers to keep warm.
+
+    Raises:
+        BridgeNotInitialized: it did not come up; the text says why.
+    """
+
+    def __init__(self, spares: int) -> None:
+        parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+        sweep(parent)
+        self.run_directory = Path(tempfile.mkdtemp(prefix=EMBEDDED_PREFIX, dir=parent))
+        ready, report = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                self._command(spares, report),
+                stdin=subprocess.DEVNULL,
+                pass_fds=[report],
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(ready)
+            self._remove()
+            raise
+        finally:
+            os.close(report)
+        try:
+            _await(ready)
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            os.close(ready)
+
+    def _command(self, spares: int, report: int) -> list[str]:
+        return [
+            *(sys.executable, "-P", "-m", "luacell.cli.serve"),
+            *("--run-dir", str(self.run_directory), "--ephemeral"),
+            *("--host", str(os.getpid()), "--spares", str(spares)),
+            *("--ready-fd", str(report), "--log-level", "error"),
+        ]
+
+    def stop(self) -> None:
+        """End it, by force where it must be, and leave nothing. Idempotent."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._remove()
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.run_directory, ignore_errors=True)
+
+
+def sweep(parent: Path) -> None:
+    """Remove what embedded services left that were killed together with everything that would have cleaned up."""
+    oldest_s = time.time() - SWEEP_AGE_S
+    for found in sorted(parent.glob(f"{EMBEDDED_PREFIX}*"))[:SWEEP_MAX]:
+        with contextlib.suppress(OSError):
+            status = found.lstat()
+            lock = found / LOCK_FILE
+            if status.st_uid == os.geteuid() and status.st_mtime < oldest_s and lock.exists() and _is_unlocked(lock):
+                shutil.rmtree(found, ignore_errors=True)
+
+
+def _is_unlocked(path: Path) -> bool:
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _await(ready: int) -> None:
+    poll = select.poll()
+    poll.register(ready, select.POLLIN)
+    if not poll.poll(START_LIMIT_S * 1000):
+        raise BridgeNotInitialized("Lua", f"the embedded service was not ready within {START_LIMIT_S:g} s")
+    if not os.read(ready, 1):
+        raise BridgeNotInitialized("Lua", "the embedded service ended while starting; its messages are on stderr")

@@ -1,0 +1,119 @@
+"""From the broker's answers to values and exceptions; the one place where wire failures become Python errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn, Protocol
+
+from luacell.protocol import errors, messages
+from luacell.protocol.errors import AbiError, AbiErrorCode, CallError, call_error_class
+from luacell.protocol.identity import format_id
+
+
+class Buffer(Protocol):
+    """Anything with the buffer protocol: bytes, bytearray, memoryview, array, numpy arrays, ctypes objects."""
+
+    def __buffer__(self, flags: int, /) -> memoryview:
+        """Return a view (PEP 688)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContractInfo:
+    """A registered contract.
+
+    Attributes:
+        id: u64.
+        name: dotted name, or "" where only the id is known.
+        version: "1.2.0", or "".
+        deadline: seconds, the default for callers.
+        stateless: whether it may have several workers.
+        workers: how many it may have.
+    """
+
+    id: int
+    name: str
+    version: str
+    deadline: float
+    stateless: bool
+    workers: int
+
+    @classmethod
+    def from_listing(cls, row: dict[str, Any]) -> ContractInfo:
+        """Read a row of the broker's listing."""
+        return cls(
+            id=messages.id_of(row["id"]),
+            name=row["name"],
+            version=row["version"],
+            deadline=row["deadline_us"] / 1e6,
+            stateless=row["stateless"],
+            workers=row["workers"],
+        )
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version.partition('.')[0]}" if self.name else format_id(self.id)
+
+
+def as_error(error: CallError) -> AbiError:
+    """Return the answer of `call_host_contract` for a failed call."""
+    return AbiError(error.code, error.message)
+
+
+def raise_not_found(contract_id: int) -> NoReturn:
+    """Raise for a contract that is not registered.
+
+    Raises:
+        HostContractNotFound: always.
+    """
+    error = errors.HostContractNotFound(f"host contract not found: contract_id={format_id(contract_id)}", began="no")
+    error.contract_id = contract_id
+    raise error
+
+
+def raise_for(failure: messages.Failure, contract_id: int, fn_id: int) -> NoReturn:
+    """Raise what a failed call deserves.
+
+    Raises:
+        CallError: the child that fits the code.
+    """
+    code = AbiErrorCode(failure.code)
+    error_class = errors.ContractLoadFailed if failure.kind == "ContractLoadFailed" else call_error_class(code)
+    began: errors.Began = "yes" if failure.began == "yes" else "no" if failure.began == "no" else "unknown"
+    error = error_class(
+        failure.message,
+        code=code,
+        began=began,
+        signal=failure.signal,
+        exit_code=failure.exit_code,
+        limit=failure.limit or None,
+        queued=failure.queued,
+        ran=failure.ran,
+    )
+    if isinstance(error, errors.ContractNotFound):
+        error.contract_id = contract_id
+    if isinstance(error, errors.VmDispatchFailed):
+        error.contract_id, error.fn_id, error.reason = contract_id, fn_id, failure.message
+    raise error
+
+
+_LUA_FUNCTION: Final = "Lua function"
+
+
+def raise_for_reply(reply: messages.Reply, contract_id: int) -> None:
+    """Raise what a refused control request deserves; return when it was not refused.
+
+    Raises:
+        BridgeError: by the kind of the reply.
+        CallError: by its code, where it has no such kind.
+    """
+    if not reply.kind:
+        return
+    if reply.kind == "DuplicateContract":
+        raise errors.DuplicateContract(contract_id)
+    if reply.kind == "ContractNotFound":
+        raise errors.ContractNotFound(contract_id)
+    if reply.kind == "TypeMismatch":
+        raise errors.TypeMismatch(contract_id, _LUA_FUNCTION, f"Lua {reply.reason}")
+    if reply.kind == "VmRegistrationFailed":
+        raise errors.VmRegistrationFailed(contract_id, reply.reason)
+    code = AbiErrorCode(reply.code)
+    raise call_error_class(code)(reply.reason, code=code, began="no")

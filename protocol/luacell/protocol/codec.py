@@ -1,0 +1,61 @@
+"""The only door to msgpack: bounded decoding, no surprises in types.
+
+It knows bytes and plain values, not messages. msgpack ships no types, so it is imported here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgpack
+
+from luacell.protocol.errors import ProtocolError
+from luacell.protocol.limits import MESSAGE_MAX, NODES_MAX
+
+_CONTAINER_LENGTH_MAX: Final = 4096
+
+
+def pack(value: object) -> bytes:
+    """Encode a plain value (None, bool, int, float, str, bytes, list, dict with str keys)."""
+    packed: bytes = msgpack.packb(value, use_bin_type=True)
+    return packed
+
+
+class _NodeBudget:
+    """Counts what a message makes us build, so that a small message cannot become a large object graph."""
+
+    __slots__ = ("left",)
+
+    def __init__(self) -> None:
+        self.left = NODES_MAX
+
+    def spend(self, container: Any) -> Any:
+        self.left -= 1 + len(container)
+        if self.left < 0:
+            raise ValueError(f"more than {NODES_MAX} values in one message")
+        return container
+
+
+def unpack(data: bytes | memoryview) -> Any:
+    """Decode one value.
+
+    Raises:
+        ProtocolError: malformed, trailing bytes, nested too deep, or over a limit.
+    """
+    budget = _NodeBudget()
+    try:
+        return msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            use_list=True,
+            object_hook=budget.spend,
+            list_hook=budget.spend,
+            max_str_len=MESSAGE_MAX,
+            max_bin_len=MESSAGE_MAX,
+            max_array_len=_CONTAINER_LENGTH_MAX,
+            max_map_len=_CONTAINER_LENGTH_MAX,
+            max_ext_len=0,
+        )
+    except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
+        raise ProtocolError(f"malformed msgpack ({type(error).__name__}: {str(error)[:200]})") from None

@@ -1,0 +1,220 @@
+"""The hot messages: fixed little-endian records, any number of them in one message.
+
+A message is one ZeroMQ frame: the preamble, then either `count` records of the operation's fixed size (this module)
+or one msgpack map (`luacell.protocol.messages`). Nothing here allocates more than the tuple that struct returns.
+
+    offset  0    2        3    4      6
+            'LC' version  op   count  reserved (0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import IntEnum
+from struct import Struct
+from typing import Final, NamedTuple
+
+from luacell.protocol.errors import ProtocolError
+from luacell.protocol.limits import CALLS_PER_MESSAGE_MAX, MESSAGE_MAX
+
+MAGIC: Final = b"LC"
+VERSION: Final = 1
+VERSION_MIN: Final = 1
+
+
+class Op(IntEnum):
+    """What a message is. Numbers are never reused; the ranges tell the direction."""
+
+    # host to broker
+    HELLO = 1
+    CALL = 2
+    CANCEL = 3
+    MAPPED = 4
+    GIVE_BACK = 5
+    BYE = 6
+    REGISTER = 7
+    UNREGISTER = 8
+    LIST = 9
+    HEALTH = 10
+    LEASE = 11
+    # broker to host
+    WELCOME = 32
+    RESULT = 33
+    FAILURE = 34
+    RELEASED = 35
+    REPLY = 36
+    SEGMENT = 37
+    # broker to worker
+    LOAD = 64
+    EXECUTE = 65
+    UNMAP = 66
+    MAP = 67
+    # worker to broker
+    READY = 96
+    LOADED = 97
+    DONE = 98
+    # broker to worker host
+    START = 128
+    KILL = 129
+    # worker host to broker
+    STARTED = 160
+    EXITED = 161
+
+
+PREAMBLE: Final = Struct("<2sBBHH")
+PREAMBLE_SIZE: Final = PREAMBLE.size
+
+# flags of CALL and EXECUTE
+HAS_ARGS: Final = 1
+HAS_OUT: Final = 2
+
+# flags of RESULT
+SLOT_FREE: Final = 1
+
+# flags of DONE
+RETIRE: Final = 1  # the worker must not be used again
+NOT_BEGUN: Final = 2  # the call was past its deadline or withdrawn, and was not run
+
+
+class Call(NamedTuple):
+    """One call as its host sends it (48 bytes).
+
+    Attributes:
+        call_id: chosen by the host, never reused in its session.
+        contract_id: u64.
+        fn_id: u32.
+        budget_us: microseconds from arrival at the broker; 0 means the contract's own deadline.
+        arena, slot, generation: the handle.
+        flags: HAS_ARGS, HAS_OUT.
+        args_size, out_size: bytes.
+    """
+
+    call_id: int
+    contract_id: int
+    fn_id: int
+    budget_us: int
+    arena: int
+    slot: int
+    generation: int
+    flags: int
+    args_size: int
+    out_size: int
+
+
+class Execute(NamedTuple):
+    """One call as the broker hands it to a worker (56 bytes).
+
+    Attributes:
+        sequence: number of the call among those of this worker, from 1.
+        deadline_ns: CLOCK_MONOTONIC; a worker never begins a call that is past it.
+        limit_us: microseconds the call may run before the worker must die, by its own timer if need be.
+    """
+
+    sequence: int
+    deadline_ns: int
+    fn_id: int
+    limit_us: int
+    arena: int
+    slot: int
+    generation: int
+    flags: int
+    args_size: int
+    out_size: int
+    reserved: int = 0
+
+
+class Done(NamedTuple):
+    """A worker's answer (24 bytes): the slot of `sequence` holds `out` or the error's text."""
+
+    sequence: int
+    code: int
+    out_size: int
+    error_size: int
+    flags: int
+
+
+class Result(NamedTuple):
+    """The broker's answer to a host (24 bytes). `flags`: SLOT_FREE when the slot may be used again."""
+
+    call_id: int
+    code: int
+    out_size: int
+    error_size: int
+    flags: int
+
+
+CALL: Final = Struct("<QQIIIIIIII")
+EXECUTE: Final = Struct("<QQIIIIIIIIQ")
+DONE: Final = Struct("<QIIII")
+RESULT: Final = Struct("<QIIII")
+CALL_ID: Final = Struct("<Q")  # a record of CANCEL and RELEASED
+
+_RECORDS: Final = {
+    Op.CALL: CALL,
+    Op.EXECUTE: EXECUTE,
+    Op.DONE: DONE,
+    Op.RESULT: RESULT,
+    Op.CANCEL: CALL_ID,
+    Op.RELEASED: CALL_ID,
+}
+
+_HEAD: Final = {op: PREAMBLE.pack(MAGIC, VERSION, op, 1, 0) for op in Op}
+
+
+def head(op: Op, count: int = 1) -> bytes:
+    """Return the preamble of a message."""
+    return _HEAD[op] if count == 1 else PREAMBLE.pack(MAGIC, VERSION, op, count, 0)
+
+
+def encode_records(op: Op, records: list[tuple[int, ...]]) -> bytes:
+    """Encode a hot message of one or more records.
+
+    Args:
+        op: an operation with fixed records.
+        records: 1 to CALLS_PER_MESSAGE_MAX tuples of the operation's fields.
+    """
+    assert 1 <= len(records) <= CALLS_PER_MESSAGE_MAX, len(records)
+    pack = _RECORDS[op].pack
+    return head(op, len(records)) + b"".join([pack(*record) for record in records])
+
+
+def parse_preamble(message: bytes) -> tuple[Op, int]:
+    """Read operation and record count.
+
+    Raises:
+        ProtocolError: not a message of this protocol, or of a version this side does not speak.
+    """
+    if not PREAMBLE_SIZE <= len(message) <= MESSAGE_MAX:
+        raise ProtocolError(f"message of {len(message)} bytes is outside {PREAMBLE_SIZE}..{MESSAGE_MAX}")
+    magic, version, op, count, reserved = PREAMBLE.unpack_from(message)
+    if magic != MAGIC:
+        raise ProtocolError(f"message starts with {magic!r}, not {MAGIC!r}: not a luacell peer")
+    if not VERSION_MIN <= version <= VERSION:
+        raise ProtocolError(f"protocol version {version} is outside {VERSION_MIN}..{VERSION}")
+    if op not in _HEAD:
+        raise ProtocolError(f"unknown operation {op}")
+    if reserved or not 1 <= count <= CALLS_PER_MESSAGE_MAX:
+        raise ProtocolError(f"record count {count} is outside 1..{CALLS_PER_MESSAGE_MAX}, or reserved is not 0")
+    return Op(op), count
+
+
+def parse_records(op: Op, count: int, message: bytes) -> Iterator[tuple[int, ...]]:
+    """Read the records of a hot message.
+
+    Args:
+        op, count: as `parse_preamble` returned them.
+        message: the whole message.
+
+    Returns:
+        An iterator of tuples, in the order of the operation's fields.
+
+    Raises:
+        ProtocolError: the operation has no records, or the length does not fit the count.
+    """
+    record = _RECORDS.get(op)
+    if record is None:
+        raise ProtocolError(f"operation {op.name} carries no records")
+    expected = PREAMBLE_SIZE + count * record.size
+    if len(message) != expected:
+        raise ProtocolError(f"{op.name} of {count} records has {len(message)} bytes, not {expected}")
+    return record.iter_unpack(memoryview(message)[PREAMBLE_SIZE:])

@@ -1,0 +1,113 @@
+"""The descriptor channel: SEQPACKET Unix sockets that carry small messages with file descriptors.
+
+ZeroMQ cannot pass descriptors; these sockets stand beside it. A message is the same as over ZeroMQ (preamble and
+map). This module moves bytes and descriptors; it does not know what messages mean.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from luacell.protocol.errors import ProtocolError
+from luacell.protocol.limits import DESCRIPTOR_MESSAGE_MAX
+
+DESCRIPTORS_MAX: Final = 2  # in one message: args and out, or pidfd and socketpair
+SOCKET_PATH_MAX: Final = 107  # bytes: sun_path less its NUL (unix(7))
+_SO_PEERPIDFD: Final = 77
+_CREDENTIALS_SIZE: Final = 12
+
+Received = tuple[bytes, list[int]]
+
+
+class ChannelClosed(Exception):
+    """The peer is gone."""
+
+
+def connect_channel(path: Path, timeout_s: float) -> socket.socket:
+    """Connect to a descriptor socket.
+
+    Args:
+        path: of the socket.
+        timeout_s: seconds; also the timeout of later blocking operations.
+
+    Raises:
+        OSError: nobody listens there, it is not ours, or the path is too long.
+    """
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        channel.settimeout(timeout_s)
+        channel.connect(os.fspath(path))
+    except OSError:
+        channel.close()
+        raise
+    return channel
+
+
+def send_message(channel: socket.socket, message: bytes, descriptors: Sequence[int] = ()) -> None:
+    """Send one message; the descriptors stay the caller's.
+
+    Raises:
+        ChannelClosed: the peer is gone.
+        BlockingIOError: the peer does not read (non-blocking sockets).
+    """
+    assert len(message) <= DESCRIPTOR_MESSAGE_MAX, len(message)
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    try:
+        channel.sendmsg([message], ancillary, socket.MSG_NOSIGNAL)
+    except (BrokenPipeError, ConnectionError) as error:
+        raise ChannelClosed(str(error)) from None
+
+
+def receive_message(channel: socket.socket) -> Received:
+    """Receive one message with its descriptors, which become the caller's and are close-on-exec.
+
+    Raises:
+        ChannelClosed: the peer is gone.
+        ProtocolError: too long, or with more descriptors than any message has; those received are closed.
+        BlockingIOError: nothing there (non-blocking sockets).
+        TimeoutError: nothing came in time (sockets with a timeout).
+    """
+    space = socket.CMSG_SPACE(DESCRIPTORS_MAX * array.array("i").itemsize)
+    try:
+        message, ancillary, flags, _ = channel.recvmsg(DESCRIPTOR_MESSAGE_MAX, space, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionError as error:
+        raise ChannelClosed(str(error)) from None
+    descriptors = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+    if not message and not descriptors:
+        raise ChannelClosed("end of file")
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        close_all(list(descriptors))
+        raise ProtocolError(f"descriptor message is over {DESCRIPTOR_MESSAGE_MAX} bytes or {DESCRIPTORS_MAX} descriptors")
+    return message, list(descriptors)
+
+
+def close_all(descriptors: Sequence[int]) -> None:
+    """Close descriptors that nobody wants."""
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def peer_pidfd(channel: socket.socket) -> int:
+    """Return a pidfd of the process at the other end, owned by the caller.
+
+    Raises:
+        OSError: ESRCH when it is gone; other errors when the kernel can tell nothing of it.
+    """
+    try:
+        return channel.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError:
+        return os.pidfd_open(peer_pid(channel))
+
+
+def peer_pid(channel: socket.socket) -> int:
+    """Return the pid at the other end, 0 when it is in a pid namespace that is not visible from here."""
+    credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS_SIZE)
+    return int.from_bytes(credentials[:4], "little", signed=True)

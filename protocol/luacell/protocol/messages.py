@@ -1,0 +1,389 @@
+"""The control messages: everything that is not a call or its answer.
+
+Each class states who sends it and what it means; field bounds stand with the fields. Ids of contracts are eight raw
+bytes, little-endian. Messages marked "descriptor channel" travel over the SEQPACKET socket, the others over ZeroMQ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from luacell.protocol.errors import AbiErrorCode
+from luacell.protocol.fields import (
+    U32_MAX,
+    U64_MAX,
+    Message,
+    blob,
+    boolean,
+    contract_id,
+    decode,
+    encode,
+    integer,
+    optional_integer,
+    optional_number,
+    plain_map,
+    text,
+    text_map,
+)
+from luacell.protocol.headers import VERSION, Op
+from luacell.protocol.identity import NAME_LENGTH_MAX
+from luacell.protocol.limits import (
+    CONTRACTS_MAX,
+    DEADLINE_DEFAULT_US,
+    DEADLINE_MAX_US,
+    ERROR_TEXT_MAX,
+    MEMORY_DEFAULT,
+    MEMORY_MAX,
+    MEMORY_MIN,
+    PAYLOAD_MAX,
+    SLOTS_PER_SEGMENT_MAX,
+    SOURCE_MAX,
+    WORKERS_PER_CONTRACT_MAX,
+)
+
+ROUTING_ID_SIZE: Final = 16
+SANDBOX_LEVELS: Final = ("default", "hardened", "untrusted")
+REASON_MAX: Final = 2 * ERROR_TEXT_MAX  # characters: an error text within a sentence of our own
+ID_MAX: Final = U64_MAX
+
+__all__ = ["Message", "decode", "encode"]
+
+
+def id_bytes(value: int) -> bytes:
+    """Write a contract id as it travels."""
+    return value.to_bytes(8, "little")
+
+
+def id_of(raw: bytes) -> int:
+    """Read a contract id as it travels."""
+    return int.from_bytes(raw, "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """A peer introduces itself; first message of a host on either channel and of a worker host.
+
+    Attributes:
+        role: "host" or "worker-host".
+        version: the highest protocol version it speaks.
+    """
+
+    OP: ClassVar[Op] = Op.HELLO
+    role: str = text(16)
+    version: int = integer(1, 255, VERSION)
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The broker accepts a peer.
+
+    Attributes:
+        routing_id: descriptor channel: the identity to take on the ROUTER; empty over ZeroMQ.
+        epoch: random bytes of this broker's life, so that a restart is noticed.
+        broker_pid: in the broker's pid namespace.
+    """
+
+    OP: ClassVar[Op] = Op.WELCOME
+    routing_id: bytes = blob(0, ROUTING_ID_SIZE)
+    epoch: bytes = blob(8, 8)
+    broker_pid: int = integer()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What `luacell.toml` says of one contract; part of Register and Load."""
+
+    deadline_us: int = DEADLINE_DEFAULT_US
+    run_limit_us: int = DEADLINE_DEFAULT_US
+    memory: int = MEMORY_DEFAULT
+    workers: int = 1
+    stateless: bool = False
+    idempotent: bool = False
+    sandbox: str = "default"
+
+    def as_fields(self) -> dict[str, Any]:
+        """Return the settings as fields of a message."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @classmethod
+    def from_message(cls, message: Register) -> Settings:
+        """Read the settings of a registration."""
+        return cls(**{name: getattr(message, name) for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """A host registers a contract; answered by a Reply when it has loaded, or failed to.
+
+    Attributes:
+        request_id: chosen by the host, returned in the Reply.
+        contract: its id.
+        name: dotted name, or "" when only the id is known.
+        version: [major, minor, patch] packed as major << 32 | minor << 16 | patch; 0 with an empty name.
+        source: the chunk, any bytes.
+        chunk_name: shown in error messages, in Lua's form ("@file" or "=name").
+        modules: the directory's own modules by `require` name.
+        replace: take the place of a registered contract of this id.
+        private: lives and dies with this host's session and is not listed.
+    """
+
+    OP: ClassVar[Op] = Op.REGISTER
+    request_id: int = integer(1, U64_MAX)
+    contract: bytes = contract_id()
+    name: str = text(NAME_LENGTH_MAX)
+    version: int = integer(0, U64_MAX)
+    source: bytes = blob(0, SOURCE_MAX)
+    chunk_name: str = text(512)
+    modules: Mapping[str, bytes] = text_map(SOURCE_MAX)
+    replace: bool = boolean()
+    private: bool = boolean()
+    deadline_us: int = integer(1, DEADLINE_MAX_US)
+    run_limit_us: int = integer(1, DEADLINE_MAX_US)
+    memory: int = integer(MEMORY_MIN, MEMORY_MAX)
+    workers: int = integer(1, WORKERS_PER_CONTRACT_MAX)
+    stateless: bool = boolean()
+    idempotent: bool = boolean()
+    sandbox: str = text(16)
+
+
+@dataclass(frozen=True, slots=True)
+class Unregister:
+    """A host removes a contract; its calls in flight end first, queued ones fail with 100."""
+
+    OP: ClassVar[Op] = Op.UNREGISTER
+    request_id: int = integer(1, U64_MAX)
+    contract: bytes = contract_id()
+
+
+@dataclass(frozen=True, slots=True)
+class List:
+    """A host asks for the registered contracts, a page at a time, ordered by id."""
+
+    OP: ClassVar[Op] = Op.LIST
+    request_id: int = integer(1, U64_MAX)
+    first: int = integer(0, CONTRACTS_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """A host asks how the service is."""
+
+    OP: ClassVar[Op] = Op.HEALTH
+    request_id: int = integer(1, U64_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A host asks for a pair of segments in its arena for a contract.
+
+    Attributes:
+        args_size, out_size: bytes of payload each slot must hold.
+        count: slots wanted.
+    """
+
+    OP: ClassVar[Op] = Op.LEASE
+    request_id: int = integer(1, U64_MAX)
+    contract: bytes = contract_id()
+    args_size: int = integer(0, PAYLOAD_MAX)
+    out_size: int = integer(0, PAYLOAD_MAX)
+    count: int = integer(1, SLOTS_PER_SEGMENT_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The broker answers a request.
+
+    Attributes:
+        request_id: of the request.
+        kind: "" on success, else the name of the exception class to raise.
+        code: an AbiErrorCode.
+        reason: what happened, for people.
+        body: the answer, by request.
+    """
+
+    OP: ClassVar[Op] = Op.REPLY
+    request_id: int = integer(1, U64_MAX)
+    kind: str = text(64, "")
+    code: int = integer(0, U32_MAX, int(AbiErrorCode.OK))
+    reason: str = text(REASON_MAX, "")
+    body: Mapping[str, Any] = plain_map(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Descriptor channel, with two descriptors (args, out): the broker grants a pair of segments.
+
+    Attributes:
+        arena: id of the arena, unique in this broker's life.
+        index: of the pair in the arena; a slot's number is index << 16 | position.
+        request_id: of the Lease.
+        deadline_us: the contract's default deadline, so that its host knows how long to wait.
+    """
+
+    OP: ClassVar[Op] = Op.SEGMENT
+    request_id: int = integer(1, U64_MAX)
+    arena: int = integer()
+    index: int = integer(0, 65535)
+    count: int = integer(1, SLOTS_PER_SEGMENT_MAX)
+    args_stride: int = integer()
+    out_stride: int = integer()
+    deadline_us: int = integer(1, DEADLINE_MAX_US)
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """A host has mapped a pair of segments; from now on its calls may name them."""
+
+    OP: ClassVar[Op] = Op.MAPPED
+    arena: int = integer()
+    index: int = integer(0, 65535)
+
+
+@dataclass(frozen=True, slots=True)
+class GiveBack:
+    """A host no longer uses a pair of segments."""
+
+    OP: ClassVar[Op] = Op.GIVE_BACK
+    arena: int = integer()
+    index: int = integer(0, 65535)
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """A host leaves; its queued calls are dropped."""
+
+    OP: ClassVar[Op] = Op.BYE
+
+
+SLOT_FATES: Final = ("free", "kept", "unused")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The broker answers a call that has no result.
+
+    Attributes:
+        call_id: of the call; 0 when the message could not be read that far.
+        kind: "" or the name of an exception class more exact than the code's.
+        slot: "free": it may be used again; "kept": RELEASED will tell; "unused": the call was never accepted.
+        began: "no", "yes" or "unknown".
+    """
+
+    OP: ClassVar[Op] = Op.FAILURE
+    call_id: int = integer(0, U64_MAX)
+    code: int = integer()
+    message: str = text(REASON_MAX)
+    kind: str = text(64, "")
+    slot: str = text(8, "free")
+    began: str = text(8, "no")
+    signal: int | None = optional_integer(0, 255, None)
+    exit_code: int | None = optional_integer(0, 255, None)
+    limit: str = text(200, "")
+    queued: float | None = optional_number(None)
+    ran: float | None = optional_number(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The broker gives a blank worker its contract."""
+
+    OP: ClassVar[Op] = Op.LOAD
+    contract: bytes = contract_id()
+    name: str = text(NAME_LENGTH_MAX)
+    source: bytes = blob(0, SOURCE_MAX)
+    chunk_name: str = text(512)
+    modules: Mapping[str, bytes] = text_map(SOURCE_MAX)
+    memory: int = integer(MEMORY_MIN, MEMORY_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """Descriptor channel, with two descriptors (args, out): a worker may meet this pair in its next calls."""
+
+    OP: ClassVar[Op] = Op.MAP
+    arena: int = integer()
+    index: int = integer(0, 65535)
+    count: int = integer(1, SLOTS_PER_SEGMENT_MAX)
+    args_stride: int = integer()
+    out_stride: int = integer()
+
+
+@dataclass(frozen=True, slots=True)
+class Unmap:
+    """The broker tells a worker that a pair of segments is gone."""
+
+    OP: ClassVar[Op] = Op.UNMAP
+    arena: int = integer()
+    index: int = integer(0, 65535)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A worker is connected, confined and blank."""
+
+    OP: ClassVar[Op] = Op.READY
+    pid: int = integer()
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A worker has loaded its contract, or not.
+
+    Attributes:
+        problem: "" when it is ready for calls, "type" when the chunk gave no function, "load" when it failed.
+        reason: for people; with "type" the Lua type that came.
+    """
+
+    OP: ClassVar[Op] = Op.LOADED
+    problem: str = text(16)
+    reason: str = text(REASON_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Descriptor channel: the broker orders a blank worker.
+
+    Attributes:
+        worker: number chosen by the broker, never reused in its life.
+        routing_id: the worker's identity on the ROUTER.
+    """
+
+    OP: ClassVar[Op] = Op.START
+    worker: int = integer(1, U64_MAX)
+    routing_id: bytes = blob(ROUTING_ID_SIZE, ROUTING_ID_SIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """Descriptor channel: the broker orders a worker's death by SIGKILL."""
+
+    OP: ClassVar[Op] = Op.KILL
+    worker: int = integer(1, U64_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Descriptor channel, with two descriptors (pidfd, the broker's end of the worker's socketpair)."""
+
+    OP: ClassVar[Op] = Op.STARTED
+    worker: int = integer(1, U64_MAX)
+    pid: int = integer()
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """Descriptor channel: a worker is dead and reaped, or could not be started.
+
+    Attributes:
+        signal: its number, or None.
+        exit_code: or None.
+        problem: why it could not be started, or "".
+    """
+
+    OP: ClassVar[Op] = Op.EXITED
+    worker: int = integer(1, U64_MAX)
+    signal: int | None = optional_integer(0, 255, None)
+    exit_code: int | None = optional_integer(0, 255, None)
+    problem: str = text(512, "")

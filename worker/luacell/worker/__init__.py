@@ -1,0 +1,1 @@
+"""The worker host and its workers."""

@@ -1,0 +1,77 @@
+"""The worker host process: `python -m luacell.worker --run-dir DIR`.
+
+Serves the broker of that run directory until the broker is gone or SIGTERM or SIGINT comes; its workers end with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from luacell.protocol.errors import ProtocolError
+from luacell.protocol.logs import configure_logging
+from luacell.protocol.memory.channel import ChannelClosed
+from luacell.worker import sandbox
+from luacell.worker.host import WorkerHost
+
+CONNECT_LIMIT_S: Final = 10.0
+
+log = logging.getLogger("luacell.worker-host")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a worker host; return its exit code."""
+    options = _parse(arguments)
+    configure_logging(options.log_level)
+    if options.parent:
+        sandbox.die_with_parent(options.parent)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
+    _separate_from_terminal()
+    try:
+        host = WorkerHost(options.run_dir, CONNECT_LIMIT_S)
+    except OSError as error:
+        print(f"luacell worker-host: no broker serves {options.run_dir}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    try:
+        host.run()
+    except SystemExit:
+        return 0
+    except (ChannelClosed, TimeoutError, ProtocolError) as error:
+        log.error("broker is gone", extra={"fields": {"reason": str(error)}})
+        return 1
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        host.close()
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="luacell worker-host", description="Run a worker host.")
+    parser.add_argument("--run-dir", type=Path, required=True, help="run directory of the broker")
+    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--parent", type=int, help="pid to end with")
+    return parser.parse_args(arguments)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def _separate_from_terminal() -> None:
+    """Give contracts no input, and let what they print go where errors go."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.dup2(2, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

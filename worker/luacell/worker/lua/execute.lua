@@ -1,0 +1,233 @@
+-- The worker's half of a call, inside LuaJIT: checks, the marks in the slot, the guarded call, the answer.
+--
+-- `execute(index)` is the only way a contract is entered. It reads record `index` of the EXECUTE message that the
+-- process has copied to `records`, works in the slot that the record names, and leaves a DONE record in `answers`.
+-- Everything it needs of the standard library is captured before any contract code runs.
+
+local ffi = require("ffi")
+local bit = require("bit")
+
+local cast, copy, fill, C = ffi.cast, ffi.copy, ffi.fill, ffi.C
+local band, rshift = bit.band, bit.rshift
+local xpcall, pcall, type, tostring, tonumber, rawequal, error = xpcall, pcall, type, tostring, tonumber, rawequal, error
+local sub, traceback = string.sub, debug.traceback
+
+ffi.cdef [[
+typedef struct {
+  uint64_t sequence, deadline_ns;
+  uint32_t fn_id, limit_us, arena, slot, generation, flags, args_size, out_size;
+  uint64_t reserved;
+} luacell_execute;
+typedef struct { uint64_t sequence; uint32_t code, out_size, error_size, flags; } luacell_done;
+typedef struct { uint64_t begun, done; uint32_t code, out_size, error_size, flags; } luacell_answer;
+typedef struct { int64_t seconds, nanoseconds; } luacell_timespec;
+typedef struct { int64_t interval_s, interval_us, value_s, value_us; } luacell_itimer;
+typedef struct { uint64_t words[8]; } luacell_mutex;
+int luacell_clock(int, luacell_timespec *) __asm__("clock_gettime");
+int luacell_timer(int, const luacell_itimer *, void *) __asm__("setitimer");
+int luacell_lock(luacell_mutex *) __asm__("pthread_mutex_lock");
+int luacell_unlock(luacell_mutex *) __asm__("pthread_mutex_unlock");
+]]
+
+local OK, STALE_HANDLE, CALL_FAILED, OUT_OF_MEMORY, BAD_REQUEST = 0, 5, 102, 258, 263
+local RETIRE, NOT_BEGUN = 1, 2
+local HAS_ARGS, HAS_OUT = 1, 2
+local PAYLOAD, WITHDRAWN = 128, 64
+local ERROR_TEXT_MAX = 4096 -- bytes
+local MESSAGE_MAX = 3072 -- of these for the message, so that a traceback fits behind it
+local TIMER_SLACK_NS = 1e9 -- the worker's own timer fires this long after the limit, when the broker has not
+local TIMER_STEP_NS = 1e8 -- and is set anew only when it moves by more than this
+local CLOCK_MONOTONIC, ITIMER_REAL = 1, 0
+local CONTRACT_CODE_MIN, CODE_MAX = 1024, 4294967295
+
+local records, answers
+local pairs_by_key = {}
+local target -- the contract's function
+local deadline_ns = 0 -- of the running call
+local timer_ns = 0 -- when the timer fires; 0: not set
+local handled -- whether the handler saw the error: LuaJIT does not call it when memory is out
+local chosen_code, chosen_text -- by luacell.fail
+local warned = false
+
+local now = ffi.new("luacell_timespec")
+local timer = ffi.new("luacell_itimer")
+local fence = ffi.new("luacell_mutex")
+
+local function clock_ns()
+  C.luacell_clock(CLOCK_MONOTONIC, now)
+  return tonumber(now.seconds) * 1e9 + tonumber(now.nanoseconds)
+end
+
+-- A full memory barrier: the locked instruction in a mutex that nobody else knows.
+local function barrier()
+  C.luacell_lock(fence)
+  C.luacell_unlock(fence)
+end
+
+local function set_timer(delay_ns)
+  local delay_us = math.floor(delay_ns / 1000)
+  timer.value_s = math.floor(delay_us / 1000000)
+  timer.value_us = delay_us % 1000000
+  C.luacell_timer(ITIMER_REAL, timer, nil)
+end
+
+-- Let the kernel kill this process if the call outlives its limit and nobody else has done it.
+local function arm(at_ns, limit_ns)
+  local fires_ns = at_ns + limit_ns + TIMER_SLACK_NS
+  if fires_ns - timer_ns > TIMER_STEP_NS or timer_ns > fires_ns then
+    timer_ns = fires_ns
+    set_timer(fires_ns - at_ns)
+  end
+end
+
+local function arm_for(limit_s)
+  arm(clock_ns(), limit_s * 1e9)
+end
+
+local function disarm()
+  timer_ns = 0
+  set_timer(0)
+end
+
+local function is_armed()
+  return timer_ns ~= 0
+end
+
+local function cut(text, length)
+  if #text <= length then return text end
+  return sub(text, 1, length - 14) .. " … (truncated)"
+end
+
+local function described(value)
+  local kind = type(value)
+  if kind == "string" then return value end
+  if kind == "number" or kind == "boolean" or kind == "nil" then return tostring(value) end
+  local fine, text = pcall(tostring, value)
+  if fine and type(text) == "string" then return text end
+  return "(error object of type " .. kind .. ")"
+end
+
+local failure = {} -- what luacell.fail raises; its code and text are kept outside, where contracts cannot alter them
+
+local function handler(value)
+  handled = true
+  if rawequal(value, failure) then return chosen_text end
+  local text = "Lua exception: " .. cut(described(value), MESSAGE_MAX)
+  return cut(traceback(text, 2), ERROR_TEXT_MAX)
+end
+
+local function fail(code, message)
+  if type(code) ~= "number" or code % 1 ~= 0 or not ((code >= 1 and code <= 9) or
+      (code >= CONTRACT_CODE_MIN and code <= CODE_MAX)) then
+    error("luacell.fail: code " .. described(code) .. " is neither in 1..9 nor from 1024 on", 2)
+  end
+  chosen_code = code
+  chosen_text = cut(message == nil and "" or described(message), ERROR_TEXT_MAX)
+  error(failure, 0)
+end
+
+-- Seconds that the running call has left; negative when it is past its deadline.
+local function deadline()
+  return (deadline_ns - clock_ns()) / 1e9
+end
+
+local function finish(answer, slot, sequence, code, out_size, text, flags)
+  local error_size = 0
+  if text then
+    error_size = #text
+    copy(slot + PAYLOAD, text, error_size)
+  end
+  local words = cast("luacell_answer *", slot)
+  words.code, words.out_size, words.error_size, words.flags = code, out_size, error_size, flags
+  barrier()
+  words.done = sequence
+  answer.code, answer.out_size, answer.error_size, answer.flags = code, out_size, error_size, flags
+end
+
+-- What a failed call is told: code, text, flags.
+local function judged(text)
+  if not handled then
+    return OUT_OF_MEMORY, "Lua exception: " .. cut(described(text), MESSAGE_MAX), RETIRE
+  end
+  if chosen_code then return chosen_code, text, 0 end
+  return CALL_FAILED, type(text) == "string" and text or "Lua exception: error in error handling", 0
+end
+
+local function warn_of_result(value)
+  warned = true
+  io.stderr:write("luacell: the contract returned a ", type(value), ", which raw contracts' callers never see: write to out\n")
+end
+
+-- Run one call. Returns false when the pair of segments is unknown, and true when an answer is in place.
+local function execute(index)
+  local record, answer = records[index], answers[index]
+  local sequence = record.sequence
+  answer.sequence, answer.code, answer.out_size, answer.error_size, answer.flags = sequence, OK, 0, 0, 0
+  local pair = pairs_by_key[record.arena * 65536 + rshift(record.slot, 16)]
+  if not pair then return false end
+  local position = band(record.slot, 0xffff)
+  local args_size, out_size = record.args_size, record.out_size
+  if position >= pair.count or args_size > pair.args_stride - PAYLOAD or out_size > pair.out_stride - PAYLOAD then
+    answer.code = BAD_REQUEST
+    return true
+  end
+  local args_slot, out_slot = pair.args + position * pair.args_stride, pair.out + position * pair.out_stride
+  if cast("uint64_t *", args_slot)[0] ~= record.generation then
+    finish(answer, out_slot, sequence, STALE_HANDLE, 0, "the slot's generation is not the call's", 0)
+    return true
+  end
+  local words = cast("luacell_answer *", out_slot)
+  words.begun = sequence
+  barrier()
+  local at_ns = clock_ns()
+  deadline_ns = tonumber(record.deadline_ns)
+  if at_ns >= deadline_ns or cast("uint64_t *", args_slot + WITHDRAWN)[0] == sequence then
+    words.begun = 0
+    finish(answer, out_slot, sequence, OK, 0, nil, NOT_BEGUN)
+    return true
+  end
+  arm(at_ns, record.limit_us * 1e3)
+  local flags = record.flags
+  local args = band(flags, HAS_ARGS) ~= 0 and args_slot + PAYLOAD or nil
+  local out
+  if band(flags, HAS_OUT) ~= 0 then
+    out = out_slot + PAYLOAD
+    if out_size > 0 then fill(out, out_size) end
+  end
+  handled, chosen_code = false, nil
+  local fine, result = xpcall(target, handler, record.fn_id, args, out)
+  if fine then
+    if result ~= nil and not warned then warn_of_result(result) end
+    finish(answer, out_slot, sequence, OK, out_size, nil, 0)
+  else
+    local code, text, verdict = judged(result)
+    finish(answer, out_slot, sequence, code, 0, text, verdict)
+  end
+  return true
+end
+
+local function byte_pointer(address)
+  return cast("uint8_t *", cast("uintptr_t", address))
+end
+
+return {
+  set_buffers = function(records_address, answers_address)
+    records = cast("luacell_execute *", cast("uintptr_t", records_address))
+    answers = cast("luacell_done *", cast("uintptr_t", answers_address))
+  end,
+  add_pair = function(arena, index, args_address, out_address, count, args_stride, out_stride)
+    pairs_by_key[arena * 65536 + index] = {
+      args = byte_pointer(args_address), out = byte_pointer(out_address),
+      count = count, args_stride = args_stride, out_stride = out_stride,
+    }
+  end,
+  remove_pair = function(arena, index) pairs_by_key[arena * 65536 + index] = nil end,
+  set_target = function(callable) target = callable end,
+  execute = execute,
+  arm_for = arm_for,
+  disarm = disarm,
+  is_armed = is_armed,
+  described = described,
+  cut = cut,
+  api = { fail = fail, deadline = deadline },
+}

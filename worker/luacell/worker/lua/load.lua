@@ -1,0 +1,61 @@
+-- Loading a contract: its own modules for `require`, the chunk in its two forms, and the check that it is a function.
+--
+-- Called once per worker with the table that execute.lua returned. Chunks are loaded in text mode only: malformed
+-- bytecode crashes LuaJIT.
+
+local runtime = ...
+
+local load, type, xpcall, error, table_insert = load, type, xpcall, error, table.insert
+local described, cut = runtime.described, runtime.cut
+local traceback, gsub = debug.traceback, string.gsub
+local package = package
+
+local REASON_MAX = 3072 -- bytes
+
+-- The system's modules, pure Lua and C; never the current directory.
+package.path = "/usr/local/share/lua/5.1/?.lua;/usr/local/share/lua/5.1/?/init.lua;" ..
+  "/usr/share/lua/5.1/?.lua;/usr/share/lua/5.1/?/init.lua"
+package.cpath = "/usr/local/lib/lua/5.1/?.so;/usr/lib/x86_64-linux-gnu/lua/5.1/?.so;" ..
+  "/usr/lib/aarch64-linux-gnu/lua/5.1/?.so;/usr/lib/lua/5.1/?.so"
+
+python = nil
+package.loaded.python = nil
+luacell = runtime.api
+package.loaded.luacell = luacell
+
+-- Let `require` find the directory's own modules before any of the system's.
+local function offer_modules(sources)
+  table_insert(package.loaders, 2, function(name)
+    local source = sources[name]
+    if source == nil then return "\n\tno module '" .. name .. "' in the contract's directory" end
+    local chunk, problem = load(source, "@" .. gsub(name, "%.", "/") .. ".lua", "t")
+    if not chunk then error(problem, 0) end
+    return chunk
+  end)
+end
+
+-- `function … end` is an expression, `return function … end` a statement: the first form is tried first. When neither
+-- parses, the second form's message is the one that fits a whole file.
+local function compiled(source, chunk_name)
+  local chunk = load("return " .. source, chunk_name, "t")
+  if chunk then return chunk end
+  return load(source, chunk_name, "t")
+end
+
+local function handler(value)
+  return cut(traceback(cut(described(value), REASON_MAX - 1024), 2), REASON_MAX)
+end
+
+-- Returns problem ("", "type" or "load") and reason.
+local function load_contract(source, chunk_name, sources)
+  offer_modules(sources)
+  local chunk, problem = compiled(source, chunk_name)
+  if not chunk then return "load", cut(described(problem), REASON_MAX) end
+  local fine, value = xpcall(chunk, handler)
+  if not fine then return "load", type(value) == "string" and value or "error in error handling" end
+  if type(value) ~= "function" then return "type", type(value) end
+  runtime.set_target(value)
+  return "", ""
+end
+
+return load_contract

@@ -1,0 +1,180 @@
+"""The worker process: from its fork to its death, one contract, one call at a time.
+
+It connects, confines itself, reports that it is blank, is given a contract, and then answers calls until it is
+killed. It never exits in an orderly way: finalizers of a Lua state may hang. What it says is checked by the broker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import socket
+from pathlib import Path
+from typing import Final, NoReturn
+
+import zmq
+
+from luacell.protocol import headers, messages
+from luacell.protocol.errors import ProtocolError
+from luacell.protocol.headers import Op
+from luacell.protocol.limits import CALLS_PER_MESSAGE_MAX, LOAD_LIMIT_NS, MESSAGE_MAX, NS_PER_S
+from luacell.protocol.memory.channel import ChannelClosed, close_all, receive_message
+from luacell.protocol.memory.segments import Mapping
+from luacell.protocol.messages import decode, encode
+from luacell.worker import sandbox
+from luacell.worker.vm import OutOfLuaMemory, Vm
+
+STACK_SIZE: Final = 64 << 20  # bytes; recursion through C (gsub callbacks) overruns the usual 8 MiB
+CONNECT_LIMIT_MS: Final = 5000
+MAP_LIMIT_S: Final = 5.0  # a pair named by a call is on its way already
+IDLE_BEFORE_DISARM_MS: Final = 500
+EXIT_BROKEN: Final = 70  # the worker itself cannot go on (EX_SOFTWARE)
+
+_OUT_OF_MEMORY: Final = 258
+
+
+class WorkerProcess:
+    """One worker.
+
+    Args:
+        broker_socket: path of the ROUTER.
+        routing_id: the identity the broker gave us.
+        channel: our end of the socketpair.
+    """
+
+    def __init__(self, broker_socket: Path, routing_id: bytes, channel: socket.socket) -> None:
+        self._channel = channel
+        self._channel.settimeout(MAP_LIMIT_S)
+        self._pairs: dict[tuple[int, int], tuple[Mapping, Mapping]] = {}
+        self._records = ctypes.create_string_buffer(CALLS_PER_MESSAGE_MAX * headers.EXECUTE.size)
+        self._answers = ctypes.create_string_buffer(CALLS_PER_MESSAGE_MAX * headers.DONE.size)
+        self._answers_view = memoryview(self._answers).cast("B")
+        self._vm = Vm(ctypes.addressof(self._records), ctypes.addressof(self._answers))
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._connect(broker_socket, routing_id)
+
+    def _connect(self, broker_socket: Path, routing_id: bytes) -> zmq.Socket[bytes]:
+        dealer = self._context.socket(zmq.DEALER)
+        dealer.setsockopt(zmq.ROUTING_ID, routing_id)
+        dealer.setsockopt(zmq.IMMEDIATE, 1)
+        dealer.setsockopt(zmq.LINGER, 0)
+        dealer.setsockopt(zmq.RECONNECT_IVL, -1)  # the sandbox forbids new sockets; a lost broker kills us anyway
+        dealer.setsockopt(zmq.MAXMSGSIZE, MESSAGE_MAX)
+        dealer.connect(f"ipc://{broker_socket}")
+        if not dealer.poll(CONNECT_LIMIT_MS, zmq.POLLOUT):
+            os._exit(EXIT_BROKEN)
+        return dealer
+
+    def run(self) -> NoReturn:
+        """Serve until killed."""
+        self._socket.send(encode(messages.Ready(pid=os.getpid())))
+        while True:
+            message = self._receive()
+            op, count = headers.parse_preamble(message)
+            if op is Op.EXECUTE:
+                self._execute(count, message)
+            elif op is Op.LOAD:
+                self._load(decode(messages.Load, message))
+            elif op is Op.UNMAP:
+                self._unmap(decode(messages.Unmap, message))
+            else:
+                raise ProtocolError(f"operation {op.name} is not for workers")
+
+    def _receive(self) -> bytes:
+        """Wait for the next message; a timer that guards calls must not fire while there are none."""
+        if not self._vm.is_armed():
+            return self._socket.recv()
+        self._socket.setsockopt(zmq.RCVTIMEO, IDLE_BEFORE_DISARM_MS)
+        try:
+            return self._socket.recv()
+        except zmq.Again:
+            self._vm.disarm()
+            self._socket.setsockopt(zmq.RCVTIMEO, -1)
+            return self._socket.recv()
+
+    def _execute(self, count: int, message: bytes) -> None:
+        size = len(message) - headers.PREAMBLE_SIZE
+        if size != count * headers.EXECUTE.size:
+            raise ProtocolError(f"EXECUTE of {count} records has {size} bytes of them")
+        ctypes.memmove(self._records, message[headers.PREAMBLE_SIZE :], size)
+        for index in range(count):
+            self._execute_record(index)
+        answers = bytes(self._answers_view[: count * headers.DONE.size])
+        self._socket.send(headers.head(Op.DONE, count) + answers)
+
+    def _execute_record(self, index: int) -> None:
+        try:
+            while not self._vm.execute(index):
+                self._receive_map()
+        except OutOfLuaMemory:  # outside the guard: the answer has no text, and the VM must not be used again
+            offset = index * headers.EXECUTE.size
+            sequence = headers.EXECUTE.unpack_from(self._records, offset)[0]
+            done = (sequence, _OUT_OF_MEMORY, 0, 0, headers.RETIRE)
+            headers.DONE.pack_into(self._answers, index * headers.DONE.size, *done)
+
+    def _load(self, load: messages.Load) -> None:
+        self._vm.arm_for(LOAD_LIMIT_NS // NS_PER_S)
+        problem, reason = self._vm.load(load.source, load.chunk_name, load.modules, load.memory)
+        self._socket.send(encode(messages.Loaded(problem=problem, reason=reason[: messages.REASON_MAX])))
+
+    def _receive_map(self) -> None:
+        message, descriptors = receive_message(self._channel)
+        try:
+            op, _ = headers.parse_preamble(message)
+            if op is not Op.MAP or len(descriptors) != 2:
+                raise ProtocolError(f"operation {op.name} with {len(descriptors)} descriptors is not expected")
+            self._map(decode(messages.Map, message), *descriptors)
+        finally:
+            close_all(descriptors)
+
+    def _map(self, pair: messages.Map, args_fd: int, out_fd: int) -> None:
+        args = Mapping(args_fd, pair.count * pair.args_stride, writable=False)
+        out = Mapping(out_fd, pair.count * pair.out_stride, writable=True)
+        self._pairs[pair.arena, pair.index] = args, out
+        self._vm.add_pair(
+            pair.arena, pair.index, args.address, out.address, pair.count, pair.args_stride, pair.out_stride
+        )
+
+    def _unmap(self, pair: messages.Unmap) -> None:
+        mappings = self._pairs.pop((pair.arena, pair.index), None)
+        if mappings is None:  # MAP was sent, but no call has made us read it
+            self._receive_map()
+            mappings = self._pairs.pop((pair.arena, pair.index))
+        self._vm.remove_pair(pair.arena, pair.index)
+        for mapping in mappings:
+            mapping.close()
+
+
+def run_worker(parent_pid: int, broker_socket: Path, routing_id: bytes, channel: socket.socket) -> NoReturn:
+    """Be a worker, right after the fork; never returns.
+
+    Args:
+        parent_pid: of the worker host.
+        broker_socket: path of the ROUTER.
+        routing_id: the identity the broker gave us.
+        channel: our end of the socketpair.
+    """
+    try:
+        sandbox.die_with_parent(parent_pid)
+        _become_quiet(channel.fileno())
+        sandbox.set_limits(STACK_SIZE)
+        process = WorkerProcess(broker_socket, routing_id, channel)
+        sandbox.confine()
+        process.run()
+    except (ChannelClosed, ProtocolError, OSError, zmq.ZMQError, sandbox.SandboxUnavailable) as error:
+        os.write(2, f"luacell worker {os.getpid()}: {type(error).__name__}: {error}\n".encode())
+    finally:
+        os._exit(EXIT_BROKEN)
+
+
+def _become_quiet(channel_fd: int) -> None:
+    """Drop what was inherited: signal handlers, descriptors, the working directory."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    os.closerange(3, channel_fd)
+    os.closerange(channel_fd + 1, min(limit, 1 << 20))
+    os.chdir("/")

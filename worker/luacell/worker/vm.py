@@ -1,0 +1,82 @@
+"""One LuaJIT VM: the only place that knows lupa.
+
+It loads the prelude and one contract and runs calls; it reads no socket. lupa ships no types, so its values are fenced
+in here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any, Final
+
+# C modules of the system (lua-cjson, lpeg) resolve LuaJIT's symbols from the process: they must be global.
+sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
+from lupa import luajit21 as lupa  # noqa: E402
+
+_PRELUDE: Final = {
+    name: files("luacell.worker").joinpath("lua", name).read_bytes() for name in ("execute.lua", "load.lua")
+}
+_ENCODING: Final = "latin-1"  # every byte string survives the way through lupa
+
+OutOfLuaMemory: Final[type[Exception]] = lupa.LuaMemoryError
+LuaFailure: Final[type[Exception]] = lupa.LuaError
+
+
+class Vm:
+    """A VM for one contract.
+
+    Args:
+        records_address, answers_address: buffers for EXECUTE and DONE records, owned by the caller, which outlive it.
+    """
+
+    def __init__(self, records_address: int, answers_address: int) -> None:
+        self._lua: Any = lupa.LuaRuntime(
+            encoding=_ENCODING,
+            register_eval=False,
+            register_builtins=False,
+            attribute_filter=_no_attributes,
+            max_memory=0,
+        )
+        self._runtime: Any = self._chunk("execute.lua")
+        self._load: Any = self._chunk("load.lua", self._runtime)
+        self._runtime.set_buffers(records_address, answers_address)
+        self.execute: Any = self._runtime.execute
+        self.arm_for: Any = self._runtime.arm_for
+        self.disarm: Any = self._runtime.disarm
+        self.is_armed: Any = self._runtime.is_armed
+        self.add_pair: Any = self._runtime.add_pair
+        self.remove_pair: Any = self._runtime.remove_pair
+
+    def load(self, source: bytes, chunk_name: str, modules: Mapping[str, bytes], memory: int) -> tuple[str, str]:
+        """Load the contract.
+
+        Args:
+            source: the chunk.
+            chunk_name: in Lua's form.
+            modules: by `require` name.
+            memory: bytes the Lua heap may use from now on.
+
+        Returns:
+            "" when it is ready, else "type" or "load"; and the reason.
+        """
+        sources = self._lua.table_from({name.encode(): module for name, module in modules.items()})
+        self._lua.set_max_memory(memory)
+        try:
+            problem, reason = self._load(source, chunk_name.encode(), sources)
+        except OutOfLuaMemory:
+            return "load", f"it used more than its {memory} bytes of memory while loading"
+        except LuaFailure as error:
+            return "load", f"an error escaped the loader: {error}"
+        return problem, reason.encode(_ENCODING).decode("utf-8", "replace")
+
+    def _chunk(self, name: str, *arguments: object) -> Any:
+        source = _PRELUDE[name].decode(_ENCODING)
+        return self._lua.compile(source, name=f"={name}".encode())(*arguments)
+
+
+def _no_attributes(obj: object, name: object, is_setting: bool) -> object:
+    """Refuse Lua every attribute of every Python object."""
+    raise AttributeError("contracts see no Python objects")
