@@ -1,7 +1,7 @@
 """The catalogue: contracts that are served or about to be, how they load, and when they get workers.
 
-Decides on registration, replacement, removal and failed loads; answers to calls are the dispatcher's, so methods
-return the queued calls that must be failed. It loads nothing itself.
+Decides on registration, replacement, removal and failed loads; answers to calls are the dispatcher's, so
+methods return the queued calls that must be failed. It loads nothing itself.
 
     register ──> pending ──first load succeeded──> serving ──unregistered, replaced──> retired
                     └────failed: nothing registered          (a later failed load: back-off, calls refused)
@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from typing import Final
 
-from luacell.broker.model import Call, Contract, Effect, Record, Request, SendReply, Subject, Worker, WorkerState
+from luacell.broker.model import BUSY, Call, Contract, Effect, Record, Request, SendReply, Subject
 from luacell.broker.registry import ContractRecord, Registry
 from luacell.broker.timers import TimerWheel
 from luacell.broker.workforce import Workforce, backoff_ns
 from luacell.protocol.errors import AbiErrorCode, DuplicateContract, TypeMismatch, VmRegistrationFailed
-from luacell.protocol.limits import LOAD_LIMIT_NS, NS_PER_S, START_LIMIT_NS
+from luacell.protocol.limits import CONTRACTS_MAX, LOAD_LIMIT_NS, NS_PER_S, START_LIMIT_NS
+from luacell.protocol.messages import Settings
 
 REGISTRATION_LIMIT_NS: Final = START_LIMIT_NS + LOAD_LIMIT_NS + NS_PER_S
-UNCALLED_NS: Final = 5 * NS_PER_S  # a contract that nobody calls keeps the worker that proved it no longer than this
+UNCALLED_NS: Final = (
+    5 * NS_PER_S
+)  # a contract that nobody calls keeps the worker that proved it no longer than this
 
 
 class Catalogue:
@@ -43,21 +46,17 @@ class Catalogue:
     ) -> None:
         """Begin a registration; its reply comes when the contract has loaded or failed to."""
         current = self.serving.get(record.id)
-        if (current is not None and not replace) or record.id in self.pending:
+        if self._is_taken(record, current, replace):
             reason = str(DuplicateContract(record.id))
             effects.append(SendReply(request, "DuplicateContract", AbiErrorCode.DUPLICATE_PROVIDER, reason))
             return
-        if self._registry.is_full and current is None:
-            reason = f"the registry holds {len(self._registry)} contracts, which is its limit; unregister some"
+        if current is None and len(self._registry) + len(self.pending) >= CONTRACTS_MAX:
+            reason = f"the registry is at its limit of {CONTRACTS_MAX} contracts; unregister some"
             effects.append(SendReply(request, "Busy", AbiErrorCode.BUSY, reason))
             return
-        if record.settings.sandbox != "default":
-            reason = f"sandbox level {record.settings.sandbox!r} is not available; this version has 'default' only"
-            effects.append(SendReply(request, "BadRequest", AbiErrorCode.BAD_REQUEST, reason))
-            return
-        if record.settings.workers > 1 and not record.settings.stateless:
-            reason = f"workers = {record.settings.workers} needs stateless = true: state lives in one worker"
-            effects.append(SendReply(request, "BadRequest", AbiErrorCode.BAD_REQUEST, reason))
+        objection = _objection_to(record.settings)
+        if objection:
+            effects.append(SendReply(request, "BadRequest", AbiErrorCode.BAD_REQUEST, objection))
             return
         contract = Contract(record, request=request, successor_of=current)
         contract.timer = self._wheel.set(now_ns + REGISTRATION_LIMIT_NS, contract)
@@ -69,13 +68,14 @@ class Catalogue:
         contract.failures = 0
         contract.failure = ""
         contract.retry_ns = 0
+        contract.died_loading = False
         request = contract.request
         if request is None:
             return
         contract.request = None
         del self.pending[contract.record.id]
         self._set_timer(contract, now_ns + UNCALLED_NS)
-        self._succeed(contract, effects)
+        self._succeed(contract, now_ns, effects)
         self._registry.put(contract.record)
         self.serving[contract.record.id] = contract
         effects.append(SendReply(request))
@@ -86,50 +86,73 @@ class Catalogue:
     ) -> list[Call]:
         """A load failed: end the registration, or back off and return the calls to be failed."""
         if contract.request is not None:
-            self._refuse(contract, contract.request, problem, reason, effects)
+            self._refuse(contract, contract.request, problem, reason, now_ns, effects)
             return []
+        contract.died_loading = False
         contract.failures += 1
         contract.failure = f"the chunk gave a Lua {reason}, no function" if problem == "type" else reason
         contract.retry_ns = now_ns + backoff_ns(contract.failures)
-        effects.append(Record("error", "contract does not load", {"contract": contract.record.title, "reason": reason}))
+        effects.append(
+            Record("error", "contract does not load", {"contract": contract.record.title, "reason": reason})
+        )
         self._workforce.withdraw(contract)
-        return [] if contract.workers else [call for _, call in contract.queue.drain()]
+        return [] if contract.workers else contract.queue.drain()
 
     def staff(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
-        """Get the contract another worker where calls wait for one that it may have."""
-        if contract.wants_worker and contract not in self._workforce.waiting:
+        """Get the contract another worker where calls wait for one that it may have, after its back-off."""
+        if not contract.wants_worker or contract in self._workforce.waiting:
+            return
+        if now_ns < contract.retry_ns:
+            self._set_timer(contract, contract.retry_ns)
+        else:
             self._workforce.request(contract, now_ns, effects)
 
-    def remove(self, contract_id: int, effects: list[Effect]) -> list[Call]:
+    def remove(self, contract_id: int, now_ns: int, effects: list[Effect]) -> list[Call]:
         """Stop serving a contract; return its queued calls."""
         contract = self.serving.pop(contract_id, None)
         if contract is None:
             return []
         self._registry.remove(contract_id)
-        calls = [call for _, call in contract.queue.drain()]
-        self._retire(contract, effects)
+        calls = contract.queue.drain()
+        self._retire(contract, now_ns, effects)
         effects.append(Record("info", "contract unregistered", {"contract": contract.record.title}))
         return calls
 
-    def host_left(self, session_id: bytes, now_ns: int, effects: list[Effect]) -> list[Call]:
-        """Remove what was private to a host, registrations under way included; return queued calls."""
+    def host_left(self, session_id: bytes, now_ns: int, effects: list[Effect]) -> None:
+        """Remove what was private to a host, registrations under way included; only it had calls there."""
         for contract in list(self.pending.values()):
             if contract.record.owner == session_id and contract.request is not None:
-                self._refuse(contract, contract.request, "load", "its host is gone", effects)
-        return [call for record in self._registry.owned_by(session_id) for call in self.remove(record.id, effects)]
+                self._refuse(contract, contract.request, "load", "its host is gone", now_ns, effects)
+        for record in self._registry.owned_by(session_id):
+            self.remove(record.id, now_ns, effects)
 
-    def time_passed(self, contract: Contract, now_ns: int, effects: list[Effect]) -> list[Call]:
-        """A registration took too long, or nobody called a contract that was registered."""
+    def time_passed(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
+        """A registration took too long, a load may be tried again, or nobody called a new contract."""
         contract.timer = None
         if contract.request is not None:
-            limit_s = REGISTRATION_LIMIT_NS // NS_PER_S
-            return self.load_failed(contract, "load", f"no worker was ready for it within {limit_s} s", now_ns, effects)
-        if not contract.called and not contract.retired:
+            reason = f"no worker was ready for it within {REGISTRATION_LIMIT_NS // NS_PER_S} s"
+            self._refuse(contract, contract.request, "load", reason, now_ns, effects)
+            return
+        self.staff(contract, now_ns, effects)
+        if not contract.called:
             for worker in list(contract.idle):
-                self._workforce.doom(worker, "nobody calls its contract", effects)
-        return []
+                self._workforce.doom(worker, "nobody calls its contract", now_ns, effects)
 
-    def _refuse(self, contract: Contract, request: Request, problem: str, reason: str, effects: list[Effect]) -> None:
+    def _is_taken(self, record: ContractRecord, current: Contract | None, replace: bool) -> bool:
+        """Whether the id cannot be had: only what the same hosts may call can be replaced."""
+        if record.id in self.pending:
+            return True
+        return current is not None and not (replace and current.record.owner == record.owner)
+
+    def _refuse(
+        self,
+        contract: Contract,
+        request: Request,
+        problem: str,
+        reason: str,
+        now_ns: int,
+        effects: list[Effect],
+    ) -> None:
         contract_id = contract.record.id
         error: TypeMismatch | VmRegistrationFailed
         if problem == "type":
@@ -139,20 +162,20 @@ class Catalogue:
         effects.append(SendReply(request, type(error).__name__, AbiErrorCode.GENERIC, reason))
         contract.request = None
         del self.pending[contract_id]
-        self._retire(contract, effects)
+        self._retire(contract, now_ns, effects)
 
-    def _succeed(self, contract: Contract, effects: list[Effect]) -> None:
-        """Take over from the contract that is replaced."""
+    def _succeed(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
+        """Take over from the contract that is replaced, its queue included."""
         predecessor = contract.successor_of
         contract.successor_of = None
         if predecessor is None or predecessor.retired:
             return
-        for session, call in predecessor.queue.drain():
+        for call in predecessor.queue:
             call.contract = contract
-            contract.queue.push(session, call)
-        self._retire(predecessor, effects)
+        contract.queue, predecessor.queue = predecessor.queue, contract.queue
+        self._retire(predecessor, now_ns, effects)
 
-    def _retire(self, contract: Contract, effects: list[Effect]) -> None:
+    def _retire(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
         """Let workers go: at once where they hold no call, else when it has ended."""
         contract.retired = True
         self._workforce.withdraw(contract)
@@ -160,8 +183,8 @@ class Catalogue:
             self._wheel.cancel(contract.timer)
             contract.timer = None
         for worker in list(contract.workers):
-            if not _holds_call(worker):
-                self._workforce.doom(worker, "its contract is no longer served", effects)
+            if worker.state is not BUSY:
+                self._workforce.doom(worker, "its contract is no longer served", now_ns, effects)
 
     def _set_timer(self, contract: Contract, when_ns: int) -> None:
         if contract.timer is not None:
@@ -169,5 +192,9 @@ class Catalogue:
         contract.timer = self._wheel.set(when_ns, contract)
 
 
-def _holds_call(worker: Worker) -> bool:
-    return worker.state is WorkerState.BUSY
+def _objection_to(settings: Settings) -> str:
+    if settings.sandbox != "default":
+        return f"sandbox level {settings.sandbox!r} is not available; this version has 'default' only"
+    if settings.workers > 1 and not settings.stateless:
+        return f"workers = {settings.workers} needs stateless = true: state lives in one worker"
+    return ""

@@ -1,17 +1,19 @@
 """The dispatcher: what happens to each call, from its acceptance until its slot is free.
 
-Events come in, effects go out; it owns no socket, process, thread or clock. Every event is a method that takes the
-time in nanoseconds (CLOCK_MONOTONIC) and returns the effects to perform, in order. `next_deadline` says when
-`time_passed` has something to do.
+Events come in, effects go out; it owns no socket, process, thread or clock. Every event is a method that
+takes the time in nanoseconds (CLOCK_MONOTONIC) and returns the effects to perform, in order. `next_deadline`
+says when `time_passed` has something to do.
 
 The rules it keeps, whatever happens:
 
 * a call that was accepted gets exactly one answer, at its deadline at the latest;
 * a call is handed to a second worker only if the first one died without having begun it;
-* a slot is released only when its worker has answered for it or is dead.
+* a slot is released only when its worker has answered for it or is dead;
+* a worker is killed only for the call that it is running.
 
-What a worker did when it died is read from the call's slot: `done` holds the call's number when the answer is there,
-`begun` when the contract had been entered. `Catalogue` keeps contracts and their loading, `Workforce` the workers.
+What a worker did when it died is read from the call's slot: `done` holds the call's number when the answer is
+there, `begun` when the contract had been entered. Slots outlive workers, so no two hand-overs share a number.
+`Catalogue` keeps contracts and their loading, `Workforce` the workers.
 """
 
 from __future__ import annotations
@@ -19,43 +21,50 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+from luacell.broker import answers
 from luacell.broker.books import Books, Refusal
 from luacell.broker.catalogue import Catalogue
-from luacell.broker.causes import SIGALRM, SIGKILL, Cause
+from luacell.broker.causes import SIGALRM, Cause
 from luacell.broker.model import (
+    BUSY,
+    DOOMED,
+    ENDED,
+    HELD,
+    IDLE,
+    LOADING,
+    QUEUED,
+    STARTING,
     Call,
-    CallState,
     Contract,
     DropPair,
     Effect,
     SendCall,
-    SendFailure,
     SendReleased,
     SendResult,
     Session,
     SlotMemory,
     Subject,
     Worker,
-    WorkerState,
 )
 from luacell.broker.registry import Registry
 from luacell.broker.timers import TimerWheel
 from luacell.broker.workforce import Workforce
 from luacell.protocol import headers
-from luacell.protocol.errors import AbiErrorCode, Began
-from luacell.protocol.identity import format_id
+from luacell.protocol.errors import Began
 from luacell.protocol.limits import (
     CALLS_IN_FLIGHT_MAX,
     DEADLINE_MAX_US,
     ERROR_TEXT_MAX,
+    LOAD_LIMIT_NS,
     NS_PER_MS,
     NS_PER_S,
     NS_PER_US,
+    START_LIMIT_NS,
 )
+from luacell.protocol.slots import Answer
 
 KILL_AFTER_NS: Final = 100 * NS_PER_MS  # at its caller's deadline a call that ran this long costs its worker
 ATTEMPTS_MAX: Final = 2  # a call that was not begun is handed out once more
-_FLAGS: Final = headers.HAS_ARGS | headers.HAS_OUT
 
 
 class Dispatcher:
@@ -84,8 +93,9 @@ class Dispatcher:
         self.catalogue = Catalogue(registry, self.workforce, self._wheel)
         self.sessions: dict[bytes, Session] = {}
         self.answered_count = 0
+        self._last_sequence = 0
 
-    # -- hosts ----------------------------------------------------------------------------------------------------
+    # -- hosts ----------------------------------------------------------------------------------------------
     def host_joined(self, session_id: bytes) -> None:
         """A host has introduced itself."""
         self.sessions.setdefault(session_id, Session(session_id))
@@ -97,33 +107,44 @@ class Dispatcher:
         if session is None:
             return effects
         for call in list(session.calls.values()):
-            if call.state is CallState.QUEUED:
+            if call.state is QUEUED:
                 call.contract.queue.remove(session, call)
                 self._end(call, effects)
             else:
                 call.answered = True
-        self._fail_all(self.catalogue.host_left(session_id, now_ns, effects), effects)
+        self.catalogue.host_left(session_id, now_ns, effects)
         effects.extend(DropPair(pair) for pair in self._books.host_left(session_id))
         return effects
 
-    # -- calls ----------------------------------------------------------------------------------------------------
+    # -- calls ----------------------------------------------------------------------------------------------
     def call_arrived(self, session_id: bytes, header: headers.Call, now_ns: int) -> list[Effect]:
         """A host calls: hand it to an idle worker, queue it, or refuse it."""
-        session = self.sessions[session_id]
-        contract = self.catalogue.serving.get(header.contract_id)
-        if contract is None or contract.record.owner not in (None, session_id):
-            text = f"host contract not found: contract_id={format_id(header.contract_id)}"
-            return [_refused(session, header, AbiErrorCode.HOST_CONTRACT_NOT_FOUND, text)]
-        refusal = _malformed(session, header) or _over_bound(session, contract)
-        if refusal is not None:
-            return [_refused(session, header, *refusal)]
+        session = self.sessions.get(session_id)
+        if session is None:  # it was sent away for an earlier call of the same message
+            return []
+        contract = self._contract_for(session_id, header.contract_id)
+        if contract is None:
+            return [answers.refused(session, header, answers.unknown_contract(header))]
+        flags = header.flags
+        if (
+            header.call_id in session.calls
+            or len(session.calls) >= CALLS_IN_FLIGHT_MAX
+            or header.budget_us > DEADLINE_MAX_US
+            or (flags != answers.FLAGS and not answers.are_flags_right(header))
+            or header.call_id == 0
+            or contract.queue.is_full
+        ):
+            refusal = answers.malformed(session, header) or answers.over_bound(session, contract)
+            assert refusal is not None
+            return [answers.refused(session, header, refusal)]
         if contract.retry_ns > now_ns and not contract.workers:
-            return [_load_failure(session_id, header, contract, slot="unused")]
+            return [answers.load_failure(session_id, header, contract, slot="unused")]
         pair = self._books.take_slot(session_id, header)
         if isinstance(pair, Refusal):
-            return [_refused(session, header, *pair)]
-        limit_us = contract.record.settings.deadline_us
-        budget_us = min(header.budget_us, limit_us) if header.budget_us else limit_us
+            return [answers.refused(session, header, pair)]
+        budget_us = contract.deadline_us
+        if 0 < header.budget_us < budget_us:
+            budget_us = header.budget_us
         deadline_ns = now_ns + budget_us * NS_PER_US
         call = Call(session, header, contract, pair, now_ns, deadline_ns)
         call.timer = self._wheel.set(deadline_ns, call)
@@ -139,38 +160,50 @@ class Dispatcher:
     def call_cancelled(self, session_id: bytes, call_id: int, now_ns: int) -> list[Effect]:
         """A host no longer wants an answer; unknown calls were answered meanwhile."""
         effects: list[Effect] = []
-        call = self.sessions[session_id].calls.get(call_id)
+        session = self.sessions.get(session_id)
+        call = session.calls.get(call_id) if session is not None else None
         if call is None or call.answered:
             return effects
-        self._give_up(call, AbiErrorCode.CANCELLED, "cancelled by its caller", "", now_ns, effects)
-        if call.worker is not None and now_ns - call.sent_ns >= KILL_AFTER_NS:
-            self.workforce.doom(call.worker, "the call that it ran was cancelled", effects)
+        if call.state is QUEUED:
+            call.contract.queue.remove(call.session, call)
+            effects.append(answers.cancelled(call, "no", now_ns))
+            self._end(call, effects)
+            return effects
+        seen = self._give_up(call, effects)
+        if not _has_result(call, seen):
+            effects.append(answers.cancelled(call, _began(call, seen), now_ns, slot="kept"))
+        if _is_running(call, seen) and now_ns - call.sent_ns >= KILL_AFTER_NS:
+            self._dismiss(_worker_of(call), "the call that it ran was cancelled", now_ns, effects)
         return effects
 
-    # -- workers --------------------------------------------------------------------------------------------------
+    # -- workers --------------------------------------------------------------------------------------------
     def worker_ready(self, worker: Worker, now_ns: int) -> list[Effect]:
         """A worker has connected."""
         effects: list[Effect] = []
-        if worker.state is WorkerState.STARTING:
-            self.workforce.ready(worker, now_ns, effects)
-        else:
-            self.workforce.doom(worker, "it reported readiness twice", effects)
+        if worker.state is not STARTING:
+            self._dismiss(worker, "it reported readiness twice", now_ns, effects)
+            return effects
+        self.workforce.ready(worker, now_ns, effects)
+        if worker.contract is not None:
+            self.catalogue.staff(worker.contract, now_ns, effects)
         return effects
 
     def worker_loaded(self, worker: Worker, problem: str, reason: str, now_ns: int) -> list[Effect]:
         """A worker has loaded its contract, or failed to."""
         effects: list[Effect] = []
-        if worker.state is not WorkerState.LOADING or worker.contract is None:
-            self.workforce.doom(worker, "it reported a load that nobody asked for", effects)
+        if worker.state is not LOADING:
+            self._dismiss(worker, "it reported a load that nobody asked for", now_ns, effects)
             return effects
         contract = worker.contract
+        assert contract is not None
         if problem:
-            self.workforce.doom(worker, "its contract did not load", effects)
-            self._fail_loads(contract, self.catalogue.load_failed(contract, problem, reason, now_ns, effects), effects)
+            self.workforce.doom(worker, "its contract did not load", now_ns, effects)
+            self._load_failed(contract, problem, reason, now_ns, effects)
             return effects
         self.workforce.loaded(worker)
         self.catalogue.load_succeeded(contract, now_ns, effects)
         self._employ(worker, now_ns, effects)
+        self.catalogue.staff(contract, now_ns, effects)
         return effects
 
     def worker_done(self, worker: Worker, done: headers.Done, now_ns: int) -> list[Effect]:
@@ -178,46 +211,53 @@ class Dispatcher:
         effects: list[Effect] = []
         call = worker.call
         if call is None or done.sequence != call.sequence:
-            self.workforce.doom(worker, f"it answered for call {done.sequence}, which it does not hold", effects)
+            verdict = f"it answered for call {done.sequence}, which it does not hold"
+            self._dismiss(worker, verdict, now_ns, effects)
             return effects
         worker.call = None
         worker.served += 1
         self._settle(call, done, now_ns, effects)
-        if worker.state is WorkerState.DOOMED:
+        if worker.state is DOOMED:
             return effects
         if done.flags & headers.RETIRE:
-            self.workforce.doom(worker, "its VM must not be used again", effects)
-            self.catalogue.staff(call.contract, now_ns, effects)
+            self._dismiss(worker, "its VM must not be used again", now_ns, effects)
         elif call.contract.retired:
-            self.workforce.doom(worker, "its contract was replaced or unregistered", effects)
+            self._dismiss(worker, "its contract was replaced or unregistered", now_ns, effects)
         else:
             self._employ(worker, now_ns, effects)
         return effects
 
-    def worker_lost(self, worker: Worker) -> list[Effect]:
-        """A worker's socketpair is closed while it may still live: it must die before its slots are touched."""
+    def worker_lost(self, worker: Worker, now_ns: int) -> list[Effect]:
+        """A worker's channel is closed while it may still live: it must die before its slots are touched."""
         effects: list[Effect] = []
-        self.workforce.doom(worker, "it closed its descriptors", effects)
+        self._dismiss(worker, "it closed its descriptors", now_ns, effects)
         return effects
 
     def worker_died(self, worker: Worker, cause: Cause, now_ns: int) -> list[Effect]:
         """A worker is dead: answer for what it held, from the evidence in the slot."""
         effects: list[Effect] = []
-        was_loading = worker.contract if worker.state is WorkerState.LOADING else None
-        verdict = worker.verdict
+        was_loading = worker.state is LOADING
         contract, call = worker.contract, worker.call
         self.workforce.died(worker, cause, now_ns, effects)
-        if was_loading is not None:
-            reason = verdict or f"the worker died with {cause} while loading"
-            self._fail_loads(was_loading, self.catalogue.load_failed(was_loading, "load", reason, now_ns, effects), effects)
         if call is not None:
             worker.call = None
-            self._bury(call, cause, verdict, now_ns, effects)
-        if contract is not None and not contract.retired:
-            self.catalogue.staff(contract, now_ns, effects)
+            self._bury(call, cause, worker.verdict, now_ns, effects)
+        if contract is None:
+            return effects
+        if was_loading and self._is_to_blame(contract):
+            reason = f"the worker died with {cause} while loading"
+            self._load_failed(contract, "load", reason, now_ns, effects)
+        self.catalogue.staff(contract, now_ns, effects)
         return effects
 
-    # -- time -----------------------------------------------------------------------------------------------------
+    def unregister(self, contract_id: int, now_ns: int) -> list[Effect]:
+        """Remove a contract: queued calls fail, running ones end."""
+        effects: list[Effect] = []
+        for call in self.catalogue.remove(contract_id, now_ns, effects):
+            self._fail_unregistered(call, effects)
+        return effects
+
+    # -- time -----------------------------------------------------------------------------------------------
     def next_deadline(self) -> int | None:
         """Return when `time_passed` is due, or None."""
         return self._wheel.next_ns()
@@ -229,23 +269,22 @@ class Dispatcher:
             if isinstance(subject, Call):
                 self._call_due(subject, now_ns, effects)
             elif isinstance(subject, Worker):
-                limit = "5 s"
-                verb = "load" if subject.state is WorkerState.LOADING else "start"
-                self._worker_overdue(subject, f"it did not {verb} within {limit}", now_ns, effects)
+                subject.timer = None
+                self._dismiss(subject, _overdue(subject), now_ns, effects)
             elif isinstance(subject, Contract):
-                self._fail_loads(subject, self.catalogue.time_passed(subject, now_ns, effects), effects)
+                self.catalogue.time_passed(subject, now_ns, effects)
             else:
                 subject.replenish(now_ns, effects)
         return effects
 
-    # -- inner workings -------------------------------------------------------------------------------------------
+    # -- inner workings -------------------------------------------------------------------------------------
     def _hand(self, worker: Worker, call: Call, now_ns: int, effects: list[Effect]) -> None:
-        worker.state = WorkerState.BUSY
-        worker.sequence += 1
+        self._last_sequence += 1
+        worker.state = BUSY
         worker.call = call
         call.worker = worker
-        call.sequence = worker.sequence
-        call.state = CallState.HELD
+        call.sequence = self._last_sequence
+        call.state = HELD
         call.sent_ns = now_ns
         call.attempts += 1
         call.contract.called = True
@@ -262,137 +301,152 @@ class Dispatcher:
         if call is not None:
             self._hand(worker, call, now_ns, effects)
         else:
-            worker.state = WorkerState.IDLE
+            worker.state = IDLE
             contract.idle.append(worker)
 
-    def _settle(self, call: Call, done: headers.Done, now_ns: int, effects: list[Effect]) -> None:
+    def _settle(self, call: Call, done: headers.Done | Answer, now_ns: int, effects: list[Effect]) -> None:
         """Relay a worker's answer, unless the host has been answered, and release the slot."""
         if call.answered:
             self._release_answered(call, effects)
         elif done.flags & headers.NOT_BEGUN:
-            self._answer_deadline(call, "no", "", now_ns, effects)
+            effects.append(answers.deadline_exceeded(call, "no", now_ns))
             self._end(call, effects)
         else:
-            out_size = min(done.out_size, call.header.out_size)
-            self.answered_count += 1
-            effects.append(SendResult(call, done.code, out_size, min(done.error_size, ERROR_TEXT_MAX), True))
+            effects.append(self._result(call, done, slot_free=True))
             self._end(call, effects)
 
     def _bury(self, call: Call, cause: Cause, verdict: str, now_ns: int, effects: list[Effect]) -> None:
         """Decide about the call that a dead worker held."""
         seen = self._memory.look(call)
         if seen.done == call.sequence:
-            flags = seen.flags & headers.NOT_BEGUN
-            self._settle(call, headers.Done(seen.done, seen.code, seen.out_size, seen.error_size, flags), now_ns, effects)
+            self._settle(call, seen, now_ns, effects)
         elif call.answered:
             self._release_answered(call, effects)
         elif seen.begun != call.sequence and call.attempts < ATTEMPTS_MAX:
-            self._requeue(call, effects)
+            self._requeue(call, now_ns, effects)
         else:
-            began: Began = "yes" if seen.begun == call.sequence else "no"
+            began = _began(call, seen)
             if cause.signal == SIGALRM:
-                self._answer_deadline(call, began, "the worker's own timer", now_ns, effects)
+                timer = "the worker's own timer"
+                effects.append(answers.deadline_exceeded(call, began, now_ns, limit=timer))
             else:
-                self._answer_crash(call, cause, verdict, began, now_ns, effects)
+                effects.append(answers.crashed(call, cause, verdict, began, now_ns))
             self._end(call, effects)
 
-    def _requeue(self, call: Call, effects: list[Effect]) -> None:
+    def _requeue(self, call: Call, now_ns: int, effects: list[Effect]) -> None:
+        """Send a call that was not begun to another worker, ahead of all others: it has waited longest."""
         call.worker = None
-        call.state = CallState.QUEUED
-        if call.contract.retired and (successor := self.catalogue.serving.get(call.header.contract_id)) is not None:
-            call.contract = successor
-        if call.contract.retired:
-            self._fail_all([call], effects)
-            return
+        call.state = QUEUED
+        call.sent_ns = 0
+        contract = call.contract
+        if contract.retired:
+            successor = self._contract_for(call.session.id, call.header.contract_id)
+            if successor is None:
+                self._fail_unregistered(call, effects)
+                return
+            contract = call.contract = successor
         self._set_timer(call, call.deadline_ns)
-        call.contract.queue.push_front(call.session, call)
+        if contract.idle:
+            self._hand(contract.idle.pop(), call, now_ns, effects)
+        else:
+            contract.queue.push_front(call.session, call)
+            self.catalogue.staff(contract, now_ns, effects)
 
     def _call_due(self, call: Call, now_ns: int, effects: list[Effect]) -> None:
         """A call is at its deadline, or at the limit on its running time."""
         call.timer = None
-        if call.state is CallState.QUEUED:
+        if call.state is QUEUED:
             call.contract.queue.remove(call.session, call)
-            self._answer_deadline(call, "no", "", now_ns, effects)
+            effects.append(answers.deadline_exceeded(call, "no", now_ns))
             self._end(call, effects)
-            return
+        elif call.answered:
+            self._end_run(call, self._memory.look(call), now_ns, effects)
+        else:
+            seen = self._give_up(call, effects)
+            if not _has_result(call, seen):
+                run_limit = f"run_limit {call.contract.run_limit_ns / NS_PER_S:g} s"
+                limit = "" if now_ns >= call.deadline_ns else run_limit
+                began = _began(call, seen)
+                effects.append(answers.deadline_exceeded(call, began, now_ns, limit=limit, slot="kept"))
+            self._end_run(call, seen, now_ns, effects)
+
+    def _end_run(self, call: Call, seen: Answer, now_ns: int, effects: list[Effect]) -> None:
+        """Kill the worker that runs a call nobody waits for, or look again later where it may yet end well.
+
+        A worker that has not begun the call will not, but it must say so by the run limit. One that has
+        finished has said so already and is not heard yet; it gets a little time, once: the mark may be a lie.
+        """
         ran_ns = now_ns - call.sent_ns
-        over_limit = ran_ns >= call.contract.run_limit_ns
-        at_deadline = now_ns >= call.deadline_ns
-        if not call.answered:
-            limit = f"run_limit {call.contract.run_limit_ns / NS_PER_S:g} s" if not at_deadline else ""
-            self._give_up(call, AbiErrorCode.DEADLINE_EXCEEDED, "", limit, now_ns, effects)
-        assert call.worker is not None
-        if over_limit or ran_ns >= KILL_AFTER_NS:
-            self.workforce.doom(call.worker, f"it ran {call.title} for {ran_ns / NS_PER_S:.3f} s", effects)
-            self.catalogue.staff(call.contract, now_ns, effects)
+        if seen.done == call.sequence and not call.excused:
+            call.excused = True
+            call.timer = self._wheel.set(now_ns + KILL_AFTER_NS, call)
+        elif ran_ns >= call.contract.run_limit_ns or (_is_running(call, seen) and ran_ns >= KILL_AFTER_NS):
+            verdict = f"it ran {call.title} for {ran_ns / NS_PER_S:.3f} s"
+            self._dismiss(_worker_of(call), verdict, now_ns, effects)
         else:
             call.timer = self._wheel.set(call.sent_ns + call.contract.run_limit_ns, call)
 
-    def _worker_overdue(self, worker: Worker, verdict: str, now_ns: int, effects: list[Effect]) -> None:
-        worker.timer = None
-        contract = worker.contract
-        self.workforce.doom(worker, verdict, effects)
-        if contract is not None:
-            self._fail_loads(contract, self.catalogue.load_failed(contract, "load", verdict, now_ns, effects), effects)
-
-    def _give_up(
-        self, call: Call, code: AbiErrorCode, text: str, limit: str, now_ns: int, effects: list[Effect]
-    ) -> None:
-        """Answer a call that has no result and will get none; a held slot stays in quarantine."""
-        if call.state is CallState.QUEUED:
-            call.contract.queue.remove(call.session, call)
-            effects.append(_failure(call, code, f"{call.title}: {text}", "no", now_ns, slot="free"))
-            self._end(call, effects)
+    def _dismiss(self, worker: Worker, verdict: str, now_ns: int, effects: list[Effect]) -> None:
+        """Doom a worker; where it was loading, that has failed, and where calls wait, another is to come."""
+        was_loading, contract = worker.state is LOADING, worker.contract
+        self.workforce.doom(worker, verdict, now_ns, effects)
+        if contract is None:
             return
+        if was_loading:
+            self._load_failed(contract, "load", verdict, now_ns, effects)
+        self.catalogue.staff(contract, now_ns, effects)
+
+    def _load_failed(
+        self, contract: Contract, problem: str, reason: str, now_ns: int, effects: list[Effect]
+    ) -> None:
+        for call in self.catalogue.load_failed(contract, problem, reason, now_ns, effects):
+            effects.append(answers.load_failure(call.session.id, call.header, contract, slot="free"))
+            self._end(call, effects)
+
+    def _is_to_blame(self, contract: Contract) -> bool:
+        """Whether the death of a worker that loaded a contract counts as a failed load.
+
+        Not when the worker host is gone with all its workers, and not the first time: somebody may have
+        killed the worker.
+        """
+        if not self.workforce.has_host:
+            return False
+        if not contract.died_loading:
+            contract.died_loading = True
+            return False
+        return True
+
+    def _contract_for(self, session_id: bytes, contract_id: int) -> Contract | None:
+        """Return the contract that is served under an id, unless it is private to another host."""
+        contract = self.catalogue.serving.get(contract_id)
+        if contract is None or contract.record.owner not in (None, session_id):
+            return None
+        return contract
+
+    def _give_up(self, call: Call, effects: list[Effect]) -> Answer:
+        """End the wait for a call that a worker holds: it must not be begun, and what it has done counts.
+
+        Its slot stays in quarantine. Where it has no result, the caller sends a failure.
+
+        Returns:
+            What its slot says.
+        """
         self._memory.withdraw(call)
         seen = self._memory.look(call)
-        if seen.done == call.sequence:
-            self.answered_count += 1
-            out_size = min(seen.out_size, call.header.out_size)
-            effects.append(SendResult(call, seen.code, out_size, min(seen.error_size, ERROR_TEXT_MAX), False))
-        else:
-            began: Began = "yes" if seen.begun == call.sequence else "no"
-            if code is AbiErrorCode.DEADLINE_EXCEEDED:
-                self._answer_deadline(call, began, limit, now_ns, effects, slot="kept")
-            else:
-                effects.append(_failure(call, code, f"{call.title}: {text}", began, now_ns, slot="kept"))
         call.answered = True
+        if _has_result(call, seen):
+            effects.append(self._result(call, seen, slot_free=False))
+        return seen
 
-    def _answer_deadline(
-        self, call: Call, began: Began, limit: str, now_ns: int, effects: list[Effect], slot: str = "free"
-    ) -> None:
-        budget = (call.deadline_ns - call.arrived_ns) / NS_PER_S
-        bound = limit or f"deadline {budget:g} s"
-        where = "it was not begun" if began == "no" else "it was running"
-        text = f"{call.title}: not finished within its {bound}; {where}"
-        effects.append(_failure(call, AbiErrorCode.DEADLINE_EXCEEDED, text, began, now_ns, slot=slot, limit=bound))
+    def _result(self, call: Call, done: headers.Done | Answer, *, slot_free: bool) -> SendResult:
+        """Make a worker's answer fit to be relayed: sizes are within what the host asked for."""
+        self.answered_count += 1
+        out_size = min(done.out_size, call.header.out_size)
+        return SendResult(call, done.code, out_size, min(done.error_size, ERROR_TEXT_MAX), slot_free)
 
-    def _answer_crash(
-        self, call: Call, cause: Cause, verdict: str, began: Began, now_ns: int, effects: list[Effect]
-    ) -> None:
-        where = "while running the call" if began == "yes" else "before it began the call, twice"
-        why = f" (killed: {verdict})" if verdict and cause.signal == SIGKILL else ""
-        text = f"{call.title}: the worker died with {cause} {where}{why}"
-        effects.append(_failure(call, AbiErrorCode.WORKER_CRASHED, text, began, now_ns, cause=cause))
-
-    def _fail_all(self, calls: list[Call], effects: list[Effect]) -> None:
-        """Answer queued calls whose contract is gone."""
-        for call in calls:
-            text = f"host contract not found: contract_id={format_id(call.header.contract_id)} (unregistered meanwhile)"
-            code = AbiErrorCode.HOST_CONTRACT_NOT_FOUND
-            effects.append(SendFailure(call.session.id, call.header.call_id, code, text))
-            self._end(call, effects)
-
-    def _fail_loads(self, contract: Contract, calls: list[Call], effects: list[Effect]) -> None:
-        for call in calls:
-            effects.append(_load_failure(call.session.id, call.header, contract, slot="free"))
-            self._end(call, effects)
-
-    def unregister(self, contract_id: int, now_ns: int) -> list[Effect]:
-        """Remove a contract: queued calls fail, running ones end."""
-        effects: list[Effect] = []
-        self._fail_all(self.catalogue.remove(contract_id, effects), effects)
-        return effects
+    def _fail_unregistered(self, call: Call, effects: list[Effect]) -> None:
+        effects.append(answers.unregistered(call))
+        self._end(call, effects)
 
     def _release_answered(self, call: Call, effects: list[Effect]) -> None:
         if call.session.id in self.sessions:
@@ -400,7 +454,7 @@ class Dispatcher:
         self._end(call, effects)
 
     def _end(self, call: Call, effects: list[Effect]) -> None:
-        call.state = CallState.ENDED
+        call.state = ENDED
         call.answered = True
         call.session.calls.pop(call.header.call_id, None)
         if call.timer is not None:
@@ -439,65 +493,24 @@ class Dispatcher:
         }
 
 
-def _malformed(session: Session, header: headers.Call) -> Refusal | None:
-    bad = AbiErrorCode.BAD_REQUEST
-    if header.call_id in session.calls or header.call_id == 0:
-        return Refusal(bad, f"call id {header.call_id} is 0 or in flight")
-    if header.budget_us > DEADLINE_MAX_US:
-        return Refusal(bad, f"budget {header.budget_us} us is over {DEADLINE_MAX_US} us")
-    if header.flags & ~_FLAGS:
-        return Refusal(bad, f"flags {header.flags:#x} are outside {_FLAGS:#x}")
-    if (header.args_size and not header.flags & headers.HAS_ARGS) or (
-        header.out_size and not header.flags & headers.HAS_OUT
-    ):
-        return Refusal(bad, "a size is given for a buffer that is absent")
-    return None
+def _worker_of(call: Call) -> Worker:
+    assert call.worker is not None
+    return call.worker
 
 
-def _over_bound(session: Session, contract: Contract) -> Refusal | None:
-    if len(session.calls) >= CALLS_IN_FLIGHT_MAX:
-        limit = f"calls in flight per host: {CALLS_IN_FLIGHT_MAX}"
-        return Refusal(AbiErrorCode.BUSY, f"the bound on {limit} is reached; retry when one has ended", limit)
-    if contract.queue.is_full and not contract.idle:
-        limit = f"calls queued for a contract: {len(contract.queue)}"
-        return Refusal(AbiErrorCode.BUSY, f"{contract.record.title}: the bound on {limit} is reached; retry later", limit)
-    return None
+def _overdue(worker: Worker) -> str:
+    if worker.state is LOADING:
+        return f"it did not load within {LOAD_LIMIT_NS // NS_PER_S} s"
+    return f"it did not start within {START_LIMIT_NS // NS_PER_S} s"
 
 
-def _refused(session: Session, header: headers.Call, code: AbiErrorCode, message: str, limit: str = "") -> SendFailure:
-    return SendFailure(session.id, header.call_id, code, message, slot="unused", limit=limit)
+def _began(call: Call, seen: Answer) -> Began:
+    return "yes" if seen.begun == call.sequence else "no"
 
 
-def _load_failure(session_id: bytes, header: headers.Call, contract: Contract, slot: str) -> SendFailure:
-    text = (
-        f"VM dispatch failed for contract_id={format_id(contract.record.id)} fn_id={header.fn_id}: {contract.failure}"
-    )
-    code = AbiErrorCode.HOST_CONTRACT_CALL_FAILED
-    return SendFailure(session_id, header.call_id, code, text, kind="ContractLoadFailed", slot=slot)
+def _has_result(call: Call, seen: Answer) -> bool:
+    return seen.done == call.sequence and not seen.flags & headers.NOT_BEGUN
 
 
-def _failure(
-    call: Call,
-    code: AbiErrorCode,
-    text: str,
-    began: Began,
-    now_ns: int,
-    *,
-    slot: str = "free",
-    cause: Cause | None = None,
-    limit: str = "",
-) -> SendFailure:
-    sent_ns = call.sent_ns or now_ns
-    return SendFailure(
-        call.session.id,
-        call.header.call_id,
-        code,
-        text,
-        slot=slot,
-        began=began,
-        signal=cause.signal if cause else None,
-        exit_code=cause.exit_code if cause else None,
-        limit=limit,
-        queued=(sent_ns - call.arrived_ns) / NS_PER_S,
-        ran=(now_ns - sent_ns) / NS_PER_S,
-    )
+def _is_running(call: Call, seen: Answer) -> bool:
+    return seen.begun == call.sequence and seen.done != call.sequence

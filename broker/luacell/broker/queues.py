@@ -6,7 +6,7 @@ It knows nothing of calls or time.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
 Owner = TypeVar("Owner", bound=Hashable)
@@ -27,6 +27,10 @@ class FairQueue(Generic[Owner, Item]):
 
     def __len__(self) -> int:
         return self._count
+
+    def __iter__(self) -> Iterator[Item]:
+        """Yield all items, owner by owner."""
+        return (item for lane in self._lanes.values() for item in lane)
 
     @property
     def is_full(self) -> bool:
@@ -68,22 +72,11 @@ class FairQueue(Generic[Owner, Item]):
         if not lane:
             del self._lanes[owner]
 
-    def drop_owner(self, owner: Owner) -> list[Item]:
-        """Remove and return all items of an owner, oldest first."""
-        lane = self._lanes.pop(owner, None)
-        if lane is None:
-            return []
-        self._count -= len(lane)
-        return list(lane)
-
-    def drain(self) -> list[tuple[Owner, Item]]:
+    def drain(self) -> list[Item]:
         """Remove and return everything, in the order `pop` would have."""
-        items: list[tuple[Owner, Item]] = []
-        while self._lanes:
-            owner = next(iter(self._lanes))
-            item = self.pop()
-            assert item is not None
-            items.append((owner, item))
+        items: list[Item] = []
+        while (item := self.pop()) is not None:
+            items.append(item)
         return items
 
     def _lane(self, owner: Owner) -> OrderedDict[Item, None]:

@@ -1,7 +1,7 @@
 """The registry: which contracts there are and what each consists of.
 
-It keeps records; it loads nothing and dispatches nothing. A private contract belongs to one host's session and
-appears in no listing.
+It keeps records; it loads nothing and dispatches nothing. A private contract belongs to one host's session
+and appears in no listing.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from luacell.protocol.identity import Version, format_id
-from luacell.protocol.limits import CONTRACTS_MAX, LISTED_CONTRACTS_MAX
+from luacell.protocol.identity import HostContractId, Version, format_id
+from luacell.protocol.limits import LISTED_CONTRACTS_MAX
 from luacell.protocol.messages import Register, Settings, id_of
 
 
@@ -44,14 +44,13 @@ class ContractRecord:
         """Read a registration that the codec has checked.
 
         Raises:
-            ValueError: the version is out of range.
+            ValueError: the name is malformed, or the id is not that of the name and version.
         """
-        packed = message.version
-        version = Version(packed >> 32, packed >> 16 & 0xFFFF, packed & 0xFFFF) if message.name else None
+        contract_id = id_of(message.contract)
         return cls(
-            id=id_of(message.contract),
+            id=contract_id,
             name=message.name,
-            version=version,
+            version=_checked_version(contract_id, message) if message.name else None,
             source=message.source,
             chunk_name=message.chunk_name,
             modules=message.modules,
@@ -78,6 +77,16 @@ class ContractRecord:
         }
 
 
+def _checked_version(contract_id: int, message: Register) -> Version:
+    """Read the version of a named contract; a name that is not the id's would blame another contract."""
+    packed = message.version
+    version = Version(packed >> 32, packed >> 16 & 0xFFFF, packed & 0xFFFF)
+    named = HostContractId(message.name, version.major)
+    if int(named) != contract_id:
+        raise ValueError(f"contract id {format_id(contract_id)} is not that of {named}")
+    return version
+
+
 class Registry:
     """Contract records by id."""
 
@@ -86,14 +95,6 @@ class Registry:
 
     def __len__(self) -> int:
         return len(self._records)
-
-    def __contains__(self, contract_id: int) -> bool:
-        return contract_id in self._records
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no contract can be added."""
-        return len(self._records) >= CONTRACTS_MAX
 
     def put(self, record: ContractRecord) -> None:
         """Add a record, or replace the one of its id."""
@@ -109,5 +110,7 @@ class Registry:
 
     def page(self, first: int) -> tuple[list[dict[str, Any]], int]:
         """Return listed contracts from position `first` in order of id, and how many there are in all."""
-        listed = sorted((record for record in self._records.values() if record.owner is None), key=lambda r: r.id)
+        listed = sorted(
+            (record for record in self._records.values() if record.owner is None), key=lambda r: r.id
+        )
         return [record.as_listed() for record in listed[first : first + LISTED_CONTRACTS_MAX]], len(listed)

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from struct import Struct
 from typing import Any, Final
 
 import zmq
@@ -44,10 +45,23 @@ log = logging.getLogger("luacell.broker")
 
 HIGH_WATER_MARK: Final = 4096  # messages per peer; four times what a host may have in flight
 TICK_IDLE_MS: Final = 1000
-TICK_CALLS_MS: Final = 20  # while something has a deadline: lateness of a deadline, far below the promise of 250 ms
+TICK_BUSY_MS: Final = 20  # while something has a deadline: lateness of a deadline, far below the promise of 250 ms
+TIME_STEP_NS: Final = 4 * NS_PER_MS  # between looks at the deadlines while messages keep coming
 CLOSING_WAIT_NS: Final = 20 * NS_PER_MS  # a dying process closes its descriptors just before its pidfd tells
 CAUSE_WAIT_NS: Final = 250 * NS_PER_MS  # a pidfd may be faster than the worker host's report of the cause
 GREETINGS_MAX: Final = 256  # descriptor channels that have not said who they are
+
+_SEND_FIRST: Final = int(zmq.SNDMORE | zmq.NOBLOCK)  # plain integers: pyzmq's enums cost microseconds
+_SEND_LAST: Final = int(zmq.NOBLOCK)
+_send: Final = zmq.backend.Socket.send  # without the wrapper's handling of options that we do not use
+_CALL_HEAD: Final = headers.head(Op.CALL)
+_CALL_SIZE: Final = headers.PREAMBLE_SIZE + headers.CALL.size
+_DONE_HEAD: Final = headers.head(Op.DONE)
+_DONE_SIZE: Final = headers.PREAMBLE_SIZE + headers.DONE.size
+_EXECUTE: Final = Struct(headers.PREAMBLE.format + headers.EXECUTE.format.removeprefix("<"))
+_EXECUTE_HEAD: Final = headers.PREAMBLE.unpack(headers.head(Op.EXECUTE))
+_RESULT: Final = Struct(headers.PREAMBLE.format + headers.RESULT.format.removeprefix("<"))
+_RESULT_HEAD: Final = headers.PREAMBLE.unpack(headers.head(Op.RESULT))
 
 
 @dataclass(slots=True, eq=False)
@@ -87,12 +101,12 @@ class Server:
         self._books = Books()
         self._registry = Registry()
         self._dispatcher = Dispatcher(
-            self._store, self._books, self._registry, lambda: secrets.token_bytes(ROUTING_ID_SIZE), spares
+            self._store, self._books, self._registry, _new_routing_id, spares
         )
         self._workforce = self._dispatcher.workforce
-        self._watcher_id = secrets.token_bytes(ROUTING_ID_SIZE)
+        self._watcher_id = _new_routing_id()
         self._listener = run_directory.listen()
-        self._greeting: set[socket.socket] = set()
+        self._greeting: dict[socket.socket, None] = {}  # in order of arrival
         self._hosts: dict[bytes, HostLink] = {}
         self._host_of_channel: dict[socket.socket, HostLink] = {}
         self._links: dict[int, WorkerLink] = {}
@@ -100,7 +114,8 @@ class Server:
         self._worker_host: socket.socket | None = None
         self._closing: dict[int, WorkerLink] = {}
         self._dying: dict[int, WorkerLink] = {}
-        self._tick_ms = 0
+        self._tick_ms = 0  # how long `recv` waits
+        self._tick_ns = 0  # when to look at deadlines next
         self._bind()
         self._watcher = Watcher(self._context, "inproc://watcher", self._watcher_id, self._listener)
         self._from_host: dict[Op, Callable[[bytes, int, bytes], None]] = {
@@ -146,23 +161,25 @@ class Server:
             os.umask(previous)
 
     def run(self) -> None:
-        """Serve until an exception ends it (the signal handlers raise SystemExit)."""
+        """Serve until an exception ends it (the signal handlers and `stop` raise SystemExit)."""
         self._watcher.start()
-        receive, more = self._router.recv, zmq.RCVMORE
+        receive, clock = self._router.recv, time.monotonic_ns
         while True:
-            self._set_tick()
             try:
                 peer = receive()
-                message = receive() if self._router.getsockopt(more) else b""
-                extra = self._skip_rest() if self._router.getsockopt(more) else 0
+                message = receive()  # a ROUTER gives every message at least one frame behind the identity
             except zmq.Again:
-                self._pass_time()
+                self._pass_time(clock())
+                self._choose_tick()
                 continue
-            if extra:
-                self._refuse_peer(peer, f"message has {extra + 1} frames; this protocol has 1")
-            else:
-                self._handle(peer, message)
-            self._pass_time()
+            now_ns = clock()
+            self._handle(peer, message, now_ns)
+            if now_ns >= self._tick_ns:
+                self._pass_time(now_ns)
+
+    def stop(self) -> None:
+        """Make `run` raise SystemExit; may be called from another thread."""
+        self._watcher.order(lambda: WorkDone(_leave_loop))
 
     def close(self) -> None:
         """Close every socket, descriptor and mapping."""
@@ -180,50 +197,83 @@ class Server:
         self._context.term()
 
     # -- the loop -------------------------------------------------------------------------------------------------
-    def _set_tick(self) -> None:
-        """Let `recv` wake up often while deadlines are pending; changed rarely, for it costs a call."""
+    def _choose_tick(self) -> None:
+        """After a quiet tick: wake up often only while something has a deadline."""
         is_quiet = self._dispatcher.next_deadline() is None and not self._dying and not self._closing
-        tick_ms = TICK_IDLE_MS if is_quiet else TICK_CALLS_MS
+        self._set_tick(TICK_IDLE_MS if is_quiet else TICK_BUSY_MS)
+
+    def _set_tick(self, tick_ms: int) -> None:
         if tick_ms != self._tick_ms:
             self._tick_ms = tick_ms
             self._router.setsockopt(zmq.RCVTIMEO, tick_ms)
 
-    def _pass_time(self) -> None:
+    def _pass_time(self, now_ns: int) -> None:
+        """Act on deadlines; at most once per TIME_STEP_NS while messages keep coming."""
+        self._tick_ns = now_ns + TIME_STEP_NS
         next_ns = self._dispatcher.next_deadline()
-        now_ns = time.monotonic_ns()
         if next_ns is not None and next_ns <= now_ns:
             self._perform(self._dispatcher.time_passed(now_ns))
         if self._closing:
             for link in [link for link in self._closing.values() if now_ns - link.closed_ns >= CLOSING_WAIT_NS]:
                 del self._closing[link.worker.id]
-                self._perform(self._dispatcher.worker_lost(link.worker))
+                self._perform(self._dispatcher.worker_lost(link.worker, now_ns))
         if self._dying:
             for link in [link for link in self._dying.values() if now_ns - link.died_ns >= CAUSE_WAIT_NS]:
                 self._worker_died(link.worker, UNKNOWN)
 
-    def _skip_rest(self) -> int:
-        count = 0
-        while self._router.getsockopt(zmq.RCVMORE):
-            self._router.recv()
-            count += 1
-        return count
-
-    def _handle(self, peer: bytes, message: bytes) -> None:
+    def _handle(self, peer: bytes, message: bytes, now_ns: int) -> None:
+        """Act on one message; the two kinds that make up a call are recognised by their first bytes."""
+        if self._tick_ms != TICK_BUSY_MS:
+            self._set_tick(TICK_BUSY_MS)
+        head = message[: headers.PREAMBLE_SIZE]
+        worker = self._workforce.by_routing_id.get(peer)
+        if worker is not None:
+            if head == _DONE_HEAD and len(message) == _DONE_SIZE:
+                done = headers.Done._make(headers.DONE.unpack_from(message, headers.PREAMBLE_SIZE))
+                self._perform(self._dispatcher.worker_done(worker, done, now_ns))
+                return
+        elif head == _CALL_HEAD and len(message) == _CALL_SIZE and peer in self._dispatcher.sessions:
+            call = headers.Call._make(headers.CALL.unpack_from(message, headers.PREAMBLE_SIZE))
+            self._perform(self._dispatcher.call_arrived(peer, call, now_ns))
+            return
         if peer == self._watcher_id:
             for item in self._watcher.take():
                 self._on_item(item)
+        else:
+            self._handle_other(peer, message, worker)
+
+    def _handle_other(self, peer: bytes, message: bytes, worker: Worker | None) -> None:
+        """Act on a message that is not one of the two; find back into step where it is none at all."""
+        if worker is None and peer not in self._hosts:
+            self._find_step(peer, message)
             return
         try:
             op, count = headers.parse_preamble(message)
-            worker = self._workforce.by_routing_id.get(peer)
             if worker is not None:
                 self._on_worker_message(worker, op, count, message)
-            elif peer in self._hosts:
-                self._on_host_message(peer, op, count, message)
             else:
-                self._refuse_peer(peer, "unknown peer: connect to the descriptor socket first")
+                self._on_host_message(peer, op, count, message)
         except ProtocolError as error:
+            self._find_step(peer, message)
             self._refuse_peer(peer, str(error))
+
+    def _find_step(self, peer: bytes, message: bytes) -> None:
+        """Deal with frames that are not (identity, one frame).
+
+        Frames are read in pairs without asking libzmq for the end of each message, which would cost a tenth of the
+        loop. A peer that sends a message of two frames shifts the pairs: its second frame is taken for an identity and
+        the next message's identity for a frame. Routing ids are random and made by this broker, so both are
+        recognised here: the rest of the malformed message is dropped, the next one is handled as what it is.
+        """
+        more = bool(self._router.getsockopt(zmq.RCVMORE))
+        if more and (message in self._workforce.by_routing_id or message in self._hosts or message == self._watcher_id):
+            self._handle(message, self._router.recv(), time.monotonic_ns())
+            return
+        while more:
+            self._router.recv()
+            more = bool(self._router.getsockopt(zmq.RCVMORE))
+        if peer not in self._hosts and peer not in self._workforce.by_routing_id:
+            self._refuse_peer(peer, "unknown peer: connect to the descriptor socket first")
 
     def _perform(self, effects: Iterable[Effect]) -> None:
         performers = self._performers
@@ -234,8 +284,8 @@ class Server:
         """Send without waiting; tell whether it left."""
         router = self._router
         try:
-            router.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
-            router.send(message, zmq.NOBLOCK)
+            _send(router, peer, _SEND_FIRST)
+            _send(router, message, _SEND_LAST)
         except zmq.Again:
             log.warning("peer does not read; dropping it", extra={"fields": {"peer": peer.hex()}})
             self._expel(peer)
@@ -250,14 +300,14 @@ class Server:
         if peer in self._hosts:
             self._host_left(peer)
         elif (worker := self._workforce.by_routing_id.get(peer)) is not None:
-            self._perform(self._dispatcher.worker_lost(worker))
+            self._perform(self._dispatcher.worker_lost(worker, time.monotonic_ns()))
 
     def _refuse_peer(self, peer: bytes, reason: str) -> None:
         """Answer something that is no valid message: hosts are told, workers must go."""
         worker = self._workforce.by_routing_id.get(peer)
         if worker is not None:
             log.warning("worker broke the protocol", extra={"fields": {"worker": worker.id, "reason": reason}})
-            self._perform(self._dispatcher.worker_lost(worker))
+            self._perform(self._dispatcher.worker_lost(worker, time.monotonic_ns()))
         else:
             self._send_failure(SendFailure(peer, 0, AbiErrorCode.BAD_REQUEST, reason))
 
@@ -273,15 +323,21 @@ class Server:
     def _on_call(self, peer: bytes, count: int, message: bytes) -> None:
         now_ns = time.monotonic_ns()
         for record in headers.parse_records(Op.CALL, count, message):
+            if peer not in self._hosts:  # expelled in the middle: it does not read what it is answered
+                return
             self._perform(self._dispatcher.call_arrived(peer, headers.Call._make(record), now_ns))
 
     def _on_cancel(self, peer: bytes, count: int, message: bytes) -> None:
         now_ns = time.monotonic_ns()
         for (call_id,) in headers.parse_records(Op.CANCEL, count, message):
+            if peer not in self._hosts:
+                return
             self._perform(self._dispatcher.call_cancelled(peer, call_id, now_ns))
 
     def _on_hello(self, peer: bytes, count: int, message: bytes) -> None:
-        decode(messages.Hello, message)
+        role = decode(messages.Hello, message).role
+        if role != "host":
+            raise ProtocolError(f"role {role!r} is not 'host'; nobody else speaks here")
         self._dispatcher.host_joined(peer)
         self._send(peer, encode(messages.Welcome(routing_id=b"", epoch=self._epoch, broker_pid=os.getpid())))
 
@@ -380,7 +436,11 @@ class Server:
         pair = self._books.pair_of(peer, asked.arena, asked.index)
         if isinstance(pair, Refusal) or pair.state is not PairState.GRANTED:
             raise ProtocolError(f"pair {asked.index} of arena {asked.arena} was not granted to this host")
-        self._store.seal(pair)
+        try:
+            self._store.seal(pair)
+        except OSError as error:  # the host holds the segment too, and has sealed it its own way
+            self._host_left(peer)
+            raise ProtocolError(f"pair {asked.index} of arena {asked.arena} cannot be sealed: {error}") from None
         pair.state = PairState.USABLE
 
     def _on_give_back(self, peer: bytes, count: int, message: bytes) -> None:
@@ -448,11 +508,17 @@ class Server:
                 tell()
 
     def _on_connected(self, channel: socket.socket) -> None:
-        if len(self._greeting) >= GREETINGS_MAX or len(self._hosts) >= SESSIONS_MAX:
-            self._watcher.forget_channel(channel)
-            channel.close()
+        if len(self._hosts) >= SESSIONS_MAX:
+            self._refuse_channel(channel)
             return
-        self._greeting.add(channel)
+        if len(self._greeting) >= GREETINGS_MAX:  # whoever has kept silent longest makes room
+            self._refuse_channel(next(iter(self._greeting)))
+        self._greeting[channel] = None
+
+    def _refuse_channel(self, channel: socket.socket) -> None:
+        self._greeting.pop(channel, None)
+        self._watcher.forget_channel(channel)
+        channel.close()
 
     def _on_disconnected(self, channel: socket.socket, reason: str) -> None:
         host = self._host_of_channel.get(channel)
@@ -461,7 +527,7 @@ class Server:
         elif channel is self._worker_host:
             self._worker_host_left(reason)
         else:
-            self._greeting.discard(channel)
+            self._greeting.pop(channel, None)
             channel.close()
 
     def _on_descriptor_message(self, channel: socket.socket, message: bytes, descriptors: list[int]) -> None:
@@ -492,13 +558,13 @@ class Server:
             raise ProtocolError(f"role {hello.role!r} is neither 'host' nor 'worker-host'")
 
     def _welcome(self, channel: socket.socket, routing_id: bytes) -> None:
+        self._greeting.pop(channel, None)
         welcome = messages.Welcome(routing_id=routing_id, epoch=self._epoch, broker_pid=os.getpid())
         send_message(channel, encode(welcome))
-        self._greeting.discard(channel)
 
     def _greet_host(self, channel: socket.socket) -> None:
         pidfd = peer_pidfd(channel)
-        host = HostLink(secrets.token_bytes(ROUTING_ID_SIZE), channel, pidfd)
+        host = HostLink(_new_routing_id(), channel, pidfd)
         self._hosts[host.routing_id] = self._host_of_channel[channel] = host
         self._watcher.watch_end(pidfd, "host", host.routing_id)
         self._welcome(channel, host.routing_id)
@@ -560,7 +626,6 @@ class Server:
         self._closing.pop(worker.id, None)
         self._dying.pop(worker.id, None)
         self._perform(self._dispatcher.worker_died(worker, cause, time.monotonic_ns()))
-        self._store.forget_worker(worker.id)
         link = self._links.pop(worker.id, None)
         if link is not None:
             self._close_link(link)
@@ -574,11 +639,12 @@ class Server:
     # -- effects --------------------------------------------------------------------------------------------------
     def _send_call(self, effect: model.SendCall) -> None:
         worker, call = effect.worker, effect.call
-        if worker.id not in self._store.get(call.pair).seen_by and not self._send_map(worker, call.pair):
-            self._perform(self._dispatcher.worker_lost(worker))
+        if call.pair not in worker.mapped and not self._send_map(worker, call.pair):
+            self._perform(self._dispatcher.worker_lost(worker, time.monotonic_ns()))
             return
         header = call.header
-        record = headers.EXECUTE.pack(
+        message = _EXECUTE.pack(
+            *_EXECUTE_HEAD,
             call.sequence,
             call.deadline_ns,
             header.fn_id,
@@ -591,7 +657,7 @@ class Server:
             header.out_size,
             0,
         )
-        self._send(worker.routing_id, headers.head(Op.EXECUTE) + record)
+        self._send(worker.routing_id, message)
 
     def _send_map(self, worker: Worker, pair: Pair) -> bool:
         stored = self._store.get(pair)
@@ -610,14 +676,14 @@ class Server:
             send_message(link.channel, encode(message), [stored.args_fd, stored.out_fd])
         except (ChannelClosed, OSError):
             return False
-        stored.seen_by.add(worker.id)
+        worker.mapped.add(pair)
         return True
 
     def _send_result(self, effect: model.SendResult) -> None:
-        header = effect.call.header
-        flags = headers.SLOT_FREE if effect.slot_free else 0
-        record = headers.RESULT.pack(header.call_id, effect.code, effect.out_size, effect.error_size, flags)
-        self._send(effect.call.session.id, headers.head(Op.RESULT) + record)
+        call, code, out_size, error_size, slot_free = effect
+        flags = headers.SLOT_FREE if slot_free else 0
+        message = _RESULT.pack(*_RESULT_HEAD, call.header.call_id, code, out_size, error_size, flags)
+        self._send(call.session.id, message)
 
     def _send_failure(self, effect: SendFailure) -> None:
         failure = messages.Failure(
@@ -678,15 +744,24 @@ class Server:
             self._worker_host_left(f"it takes no orders: {error}")
 
     def _drop_pair(self, pair: Pair) -> None:
+        self._store.drop(pair)
         unmap = encode(messages.Unmap(arena=pair.arena.id, index=pair.index))
-        for worker_id in self._store.drop(pair):
-            worker = self._workforce.by_id.get(worker_id)
-            if worker is not None:
-                self._send(worker.routing_id, unmap)
+        for worker in [worker for worker in self._workforce.by_id.values() if pair in worker.mapped]:
+            worker.mapped.discard(pair)
+            self._send(worker.routing_id, unmap)
+
+
+def _new_routing_id() -> bytes:
+    """Return random bytes that are no text of this protocol and do not start with the 0 that libzmq reserves."""
+    return b"\xff" + secrets.token_bytes(ROUTING_ID_SIZE - 1)
 
 
 def _not_found(request: Request) -> SendReply:
     return SendReply(request, "ContractNotFound", AbiErrorCode.HOST_CONTRACT_NOT_FOUND, "host contract not found")
+
+
+def _leave_loop() -> None:
+    raise SystemExit(0)
 
 
 def _write_record(record: model.Record) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from luacell.broker.books import Pair
 from luacell.broker.model import Call
@@ -43,7 +43,6 @@ class StoredPair:
     out_fd: int
     args: Mapping
     out: Mapping
-    seen_by: set[int] = field(default_factory=set)  # ids of workers that were sent MAP
 
     def close(self) -> None:
         """Unmap and close."""
@@ -98,18 +97,11 @@ class SegmentStore:
         if seals_of(fd) & ARGS_SEALS != ARGS_SEALS:
             raise OSError(f"args of pair {pair.key} has seals {seals_of(fd):#x}, not {ARGS_SEALS:#x}")
 
-    def drop(self, pair: Pair) -> set[int]:
-        """Unmap and close a pair; return the ids of the workers that may have it mapped."""
+    def drop(self, pair: Pair) -> None:
+        """Unmap and close a pair."""
         stored = self._pairs.pop(pair.key, None)
-        if stored is None:
-            return set()
-        stored.close()
-        return stored.seen_by
-
-    def forget_worker(self, worker_id: int) -> None:
-        """A worker is dead: it maps nothing any more."""
-        for stored in self._pairs.values():
-            stored.seen_by.discard(worker_id)
+        if stored is not None:
+            stored.close()
 
     def close(self) -> None:
         """Unmap and close everything."""

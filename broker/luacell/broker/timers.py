@@ -1,12 +1,13 @@
 """A coarse timer wheel: cheap to set and to cancel, never early, late by one bucket at most.
 
-It decides nothing and reads no clock: `expired(now_ns)` returns what is due. Almost every timer of a broker is
-cancelled (its call was answered), so cancelling removes the entry at once and nothing piles up.
+It decides nothing and reads no clock: `expired(now_ns)` yields what is due. Almost every timer of a broker
+is cancelled (its call was answered), so cancelling removes the entry at once and nothing piles up.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from typing import Final, Generic, TypeVar
 
 from luacell.protocol.limits import NS_PER_MS
@@ -62,9 +63,14 @@ class TimerWheel(Generic[T]):
             del self._buckets[heapq.heappop(self._order)]
         return None
 
-    def expired(self, now_ns: int) -> list[T]:
-        """Remove and return the subjects that are due, earliest bucket first."""
-        due: list[T] = []
+    def expired(self, now_ns: int) -> Iterator[T]:
+        """Remove and yield the subjects that are due, earliest bucket first.
+
+        One at a time: acting on a subject may cancel the timer of another that is due as well.
+        """
         while self._order and self._order[0] * BUCKET_NS <= now_ns:
-            due.extend(timer.subject for timer in self._buckets.pop(heapq.heappop(self._order)))
-        return due
+            bucket = self._buckets[self._order[0]]
+            if bucket:
+                yield bucket.popitem()[0].subject
+            else:
+                del self._buckets[heapq.heappop(self._order)]

@@ -128,9 +128,10 @@ class Watcher:
 
     def forget_channel(self, channel: socket.socket) -> None:
         """Stop reading from a channel, before its owner closes it. Called by the loop."""
-        if self._channels.pop(channel.fileno(), None) is not None:
-            with contextlib.suppress(FileNotFoundError):
-                self._epoll.unregister(channel.fileno())
+        descriptor = channel.fileno()
+        if self._channels.pop(descriptor, None) is not None:
+            with contextlib.suppress(OSError):  # the other thread has forgotten, or closed it, in this very moment
+                self._epoll.unregister(descriptor)
 
     def watch_end(self, descriptor: int, kind: str, key: object) -> None:
         """Report once when a pidfd or socketpair becomes readable. Called by the loop."""
@@ -140,7 +141,7 @@ class Watcher:
     def forget_end(self, descriptor: int) -> None:
         """Stop watching, before its owner closes the descriptor. Called by the loop."""
         if self._ends.pop(descriptor, None) is not None:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 self._epoll.unregister(descriptor)
 
     # -- the thread -----------------------------------------------------------------------------------------------
@@ -196,8 +197,8 @@ class Watcher:
             channel, _ = self._listener.accept()
         except OSError:  # the peer is gone again, or descriptors are short: the next event tries anew
             return
+        self.watch_channel(channel)  # first: the loop may close it as soon as it hears of it
         self.inbox.append(Connected(channel))
-        self.watch_channel(channel)
 
     def _read(self, channel: socket.socket) -> None:
         for _ in range(MESSAGES_PER_TURN):

@@ -11,7 +11,21 @@ from collections.abc import Callable
 from typing import Final
 
 from luacell.broker.causes import Cause
-from luacell.broker.model import Contract, Effect, KillWorker, LoadWorker, Record, StartWorker, Subject, Worker, WorkerState
+from luacell.broker.model import (
+    BLANK,
+    DOOMED,
+    IDLE,
+    LOADING,
+    STARTING,
+    Contract,
+    Effect,
+    KillWorker,
+    LoadWorker,
+    Record,
+    StartWorker,
+    Subject,
+    Worker,
+)
 from luacell.broker.timers import TimerWheel
 from luacell.protocol.limits import LOAD_LIMIT_NS, NS_PER_MS, NS_PER_S, START_LIMIT_NS, WORKERS_MAX
 
@@ -51,7 +65,7 @@ class Workforce:
     @property
     def starting_count(self) -> int:
         """Workers that were ordered and are not ready."""
-        return sum(worker.state is WorkerState.STARTING for worker in self.by_id.values())
+        return sum(worker.state is STARTING for worker in self.by_id.values())
 
     def request(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
         """Get a worker for a contract: a blank one now, or the next that becomes ready."""
@@ -79,9 +93,9 @@ class Workforce:
         """Take a worker that has connected into service."""
         self._stop_timer(worker)
         self._start_failures = 0
-        worker.state = WorkerState.BLANK
-        if self.waiting:
-            contract, _ = self.waiting.popitem(last=False)
+        worker.state = BLANK
+        contract = self._next_waiting()
+        if contract is not None:
             self._assign(worker, contract, now_ns, effects)
         else:
             self.blank.append(worker)
@@ -90,33 +104,23 @@ class Workforce:
     def loaded(self, worker: Worker) -> None:
         """Note that a worker has its contract."""
         self._stop_timer(worker)
-        worker.state = WorkerState.IDLE
+        worker.state = IDLE
 
-    def doom(self, worker: Worker, verdict: str, effects: list[Effect]) -> None:
+    def doom(self, worker: Worker, verdict: str, now_ns: int, effects: list[Effect]) -> None:
         """Order a worker's death, once, and let nobody use it any more."""
-        if worker.state is WorkerState.DOOMED:
+        if worker.state is DOOMED:
             return
-        self._stop_timer(worker)
-        if worker.state is WorkerState.BLANK:
-            self.blank.remove(worker)
-        leave_contract(worker)
-        worker.state = WorkerState.DOOMED
+        self._discharge(worker, now_ns)
         worker.verdict = verdict
         effects.append(KillWorker(worker))
+        self.replenish(now_ns, effects)
 
     def died(self, worker: Worker, cause: Cause, now_ns: int, effects: list[Effect]) -> None:
-        """Forget a dead worker; back off when it died before it was ready."""
+        """Forget a dead worker."""
         del self.by_id[worker.id], self.by_routing_id[worker.routing_id]
-        self._stop_timer(worker)
         self.deaths[cause.label] += 1
         effects.append(_death_record(worker, cause))
-        if worker.state is WorkerState.STARTING:
-            self._start_failures += 1
-            self._retry_ns = now_ns + backoff_ns(self._start_failures)
-            self._wheel.set(self._retry_ns, self)
-        elif worker.state is WorkerState.BLANK:
-            self.blank.remove(worker)
-        leave_contract(worker)
+        self._discharge(worker, now_ns)
         self.replenish(now_ns, effects)
 
     def host_joined(self, now_ns: int, effects: list[Effect]) -> None:
@@ -131,11 +135,37 @@ class Workforce:
         self.waiting.pop(contract, None)
 
     def _assign(self, worker: Worker, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
-        worker.state = WorkerState.LOADING
+        worker.state = LOADING
         worker.contract = contract
         contract.workers.add(worker)
         worker.timer = self._wheel.set(now_ns + LOAD_LIMIT_NS, worker)
         effects.append(LoadWorker(worker, contract.record))
+
+    def _next_waiting(self) -> Contract | None:
+        """Return the contract that has waited longest; those whose calls have expired need none any more."""
+        while self.waiting:
+            contract, _ = self.waiting.popitem(last=False)
+            if contract.wants_worker:
+                return contract
+        return None
+
+    def _discharge(self, worker: Worker, now_ns: int) -> None:
+        """Take a worker out of use for good; back off when it never was of any."""
+        self._stop_timer(worker)
+        if worker.state is STARTING:
+            self._back_off(now_ns)
+        elif worker.state is BLANK:
+            self.blank.remove(worker)
+        _leave_contract(worker)
+        worker.state = DOOMED
+
+    def _back_off(self, now_ns: int) -> None:
+        """Order no starts for a while; starts that fail together count once."""
+        if now_ns < self._retry_ns:
+            return
+        self._start_failures += 1
+        self._retry_ns = now_ns + backoff_ns(self._start_failures)
+        self._wheel.set(self._retry_ns, self)
 
     def _stop_timer(self, worker: Worker) -> None:
         if worker.timer is not None:
@@ -143,7 +173,7 @@ class Workforce:
             worker.timer = None
 
 
-def leave_contract(worker: Worker) -> None:
+def _leave_contract(worker: Worker) -> None:
     """Take a worker out of its contract's sets; it keeps the reference for messages."""
     contract = worker.contract
     if contract is None:
@@ -154,7 +184,7 @@ def leave_contract(worker: Worker) -> None:
 
 
 def _death_record(worker: Worker, cause: Cause) -> Record:
-    expected = worker.state is WorkerState.DOOMED
+    expected = worker.state is DOOMED
     fields = {
         "worker": worker.id,
         "pid": worker.pid,

@@ -87,7 +87,14 @@ class Parent:
 
     def _start(self, report: int) -> None:
         options = self._options
-        common = ["--run-dir", str(options.run_dir), "--log-level", options.log_level, "--parent", str(os.getpid())]
+        common = [
+            "--run-dir",
+            str(options.run_dir),
+            "--log-level",
+            options.log_level,
+            "--parent",
+            str(os.getpid()),
+        ]
         broker = [sys.executable, "-P", "-m", "luacell.broker", *common, "--spares", str(options.spares)]
         broker += ["--ready-fd", str(report), *(["--ephemeral"] if options.ephemeral else [])]
         worker_host = [sys.executable, "-P", "-m", "luacell.worker", *common]
@@ -109,7 +116,10 @@ class Parent:
                     return 0
                 else:
                     child = by_pidfd[descriptor]
-                    print(f"luacell serve: the {child.name} ended with {child.ending}; stopping", file=sys.stderr)
+                    print(
+                        f"luacell serve: the {child.name} ended with {child.ending}; stopping",
+                        file=sys.stderr,
+                    )
                     return 1
 
     def _report_ready(self) -> None:

@@ -1,10 +1,10 @@
 """What hosts use: bridges to Lua host contracts, and the errors they raise.
 
-    from luacell.client import LuaFunction, LuaHostBridge
+from luacell.client import LuaFunction, LuaHostBridge
 
-    with LuaHostBridge() as bridge:
-        bridge.register_host_contract("host.echo@1", LuaFunction(source))
-        reply = bridge.call("host.echo@1", 0, b"hello", 5)
+with LuaHostBridge() as bridge:
+bridge.register_host_contract("host.echo@1", LuaFunction(source))
+reply = bridge.call("host.echo@1", 0, b"hello", 5)
 """
 
 from luacell.client.bridge import LuaHostBridge

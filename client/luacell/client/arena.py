@@ -1,39 +1,128 @@
 """A host's memory for one contract: pairs of segments and the slots in them.
 
 It hands out slots and takes them back; it sends nothing. A slot is given back only when the broker has said that
-nobody else can touch it. All methods are called under the session's lock.
+nobody else can touch it. Methods that take from an arena run under the session's lock; giving back needs none.
 """
 
 from __future__ import annotations
 
 import ctypes
+import time
 from typing import Final
 
 from luacell.protocol.limits import MIB
 from luacell.protocol.memory.segments import Mapping
 from luacell.protocol.messages import Segment
-from luacell.protocol.slots import PAYLOAD_OFFSET, SLOT_SHIFT, SlotShape, write_generation
+from luacell.protocol.slots import PAYLOAD_OFFSET, SLOT_SHIFT, WORD, SlotShape
 
 SLOTS_FIRST: Final = 16
 SLOTS_MAX: Final = 128
-LARGE_PAYLOAD: Final = 256 * 1024  # bytes; from here on a pair has few slots
+MIDDLE_PAYLOAD: Final = 16 * 1024  # bytes; beyond, a pair has few slots
+LARGE_PAYLOAD: Final = 256 * 1024  # bytes; from here on it has one
 COPY_UNLOCKED_MIN: Final = 256 * 1024  # bytes; from here on copies let other threads run
 IDLE_PAIR_S: Final = 10.0
 IDLE_PAIR_BYTES_MIN: Final = MIB  # smaller pairs are kept
+
+_stamp: Final = WORD.pack_into  # write_generation without its frame: this is the hot path
+
+
+class Arena:
+    """All pairs of one contract.
+
+    Attributes:
+        deadline_us: the contract's default deadline, as told with the last grant.
+        is_closed: pairs are unmapped as soon as they are idle.
+        is_retired: pairs are given back as soon as they are idle: its contract is gone.
+    """
+
+    def __init__(self, contract_id: int) -> None:
+        self.contract_id = contract_id
+        self.deadline_us = 0
+        self.pairs: list[HostPair] = []
+        self.is_closed = False
+        self.is_retired = False
+        self.drained: list[HostPair] = []  # after `retire`: to be given back, now that their last slot is free
+
+    def take(self, args_size: int, out_size: int) -> Slot | None:
+        """Return a free slot that is large enough, or None."""
+        for pair in self.pairs:
+            if pair.free and args_size <= pair.args_capacity and out_size <= pair.out_capacity:
+                if pair.is_large:
+                    pair.used_s = time.monotonic()
+                return pair.free.pop()
+        return None
+
+    def add(self, pair: HostPair, deadline_us: int) -> None:
+        """Add a pair; small ones are tried first."""
+        self.deadline_us = deadline_us
+        self.pairs.append(pair)
+        self.pairs.sort(key=lambda each: (each.args_capacity + each.out_capacity, -each.shape.count))
+
+    def remove_idle(self, before_s: float, size_min: int) -> list[HostPair]:
+        """Remove and return idle pairs of at least `size_min` bytes that were last used before `before_s`."""
+        idle = [
+            pair
+            for pair in self.pairs
+            if pair.is_idle and pair.used_s <= before_s and pair.shape.total_bytes >= size_min
+        ]
+        for pair in idle:
+            self.pairs.remove(pair)
+        return idle
+
+    def slots_wanted(self, args_size: int, out_size: int) -> int:
+        """Return how many slots to ask for: more when many are in use, few when they are large."""
+        size = max(args_size, out_size)
+        if size >= LARGE_PAYLOAD:
+            return 1
+        if size > MIDDLE_PAYLOAD:
+            return 4
+        fitting = [p for p in self.pairs if args_size <= p.args_capacity and out_size <= p.out_capacity]
+        return min(max(SLOTS_FIRST, 2 * max((p.shape.count for p in fitting), default=0)), SLOTS_MAX)
+
+    def close(self) -> None:
+        """Unmap what is idle now; the rest when its last slot is given back."""
+        self.is_closed = True
+        for pair in self.pairs:
+            if pair.is_idle:
+                pair.close()
+        self.pairs.clear()
+
+    def retire(self) -> list[HostPair]:
+        """Hand out no more slots; return the idle pairs, the others will come to `drained`."""
+        idle = self.remove_idle(time.monotonic(), size_min=0)
+        self.is_retired = True
+        self.pairs.clear()
+        return idle
+
+    def leave_in_child(self) -> None:
+        """Unmap everything in a forked child, where nobody is in the middle of a call."""
+        for pair in self.pairs:
+            pair.close()
+        self.pairs.clear()
 
 
 class HostPair:
     """A pair of segments as its host sees it; made from the broker's grant.
 
+    Args:
+        home: the arena it will belong to.
+        segment: the grant.
+        args_fd: descriptor of args; stays the caller's.
+        out_fd: descriptor of out; stays the caller's.
+
     Raises:
         OSError: it cannot be mapped.
     """
 
-    def __init__(self, segment: Segment, args_fd: int, out_fd: int) -> None:
+    def __init__(self, home: Arena, segment: Segment, args_fd: int, out_fd: int) -> None:
         shape = SlotShape(segment.count, segment.args_stride, segment.out_stride)
-        self.arena = segment.arena
+        self.home = home
+        self.number = segment.arena
         self.index = segment.index
         self.shape = shape
+        self.args_capacity = shape.args_capacity
+        self.out_capacity = shape.out_capacity
+        self.is_large = shape.total_bytes >= IDLE_PAIR_BYTES_MIN
         self.args = Mapping(args_fd, shape.args_bytes, writable=True)
         try:
             self.out = Mapping(out_fd, shape.out_bytes, writable=False)
@@ -41,7 +130,7 @@ class HostPair:
             self.args.close()
             raise
         self.free = [Slot(self, position) for position in reversed(range(shape.count))]
-        self.used_s = 0.0  # monotonic, of the last use
+        self.used_s = 0.0  # monotonic, of the last use; kept for large pairs only
 
     @property
     def is_idle(self) -> bool:
@@ -57,97 +146,62 @@ class HostPair:
 class Slot:
     """One slot, leased to at most one call at a time."""
 
-    __slots__ = ("args_offset", "generation", "number", "out_offset", "pair")
+    __slots__ = (
+        "_args_start",
+        "_args_view",
+        "_out_start",
+        "_out_view",
+        "_pair",
+        "arena",
+        "generation",
+        "home",
+        "number",
+    )
 
     def __init__(self, pair: HostPair, position: int) -> None:
-        self.pair = pair
+        self.home = pair.home
+        self.arena = pair.number
         self.number = pair.index << SLOT_SHIFT | position
         self.generation = 1
-        self.args_offset = position * pair.shape.args_stride
-        self.out_offset = position * pair.shape.out_stride
+        self._pair = pair
+        self._args_view = pair.args.view
+        self._out_view = pair.out.view
+        self._args_start = position * pair.shape.args_stride + PAYLOAD_OFFSET
+        self._out_start = position * pair.shape.out_stride + PAYLOAD_OFFSET
 
-    def put_args(self, args: memoryview) -> None:
-        """Copy the arguments in and stamp the slot."""
-        view = self.pair.args.view
-        write_generation(view, self.args_offset, self.generation)
-        size = args.nbytes
-        if not size:
+    def put_args(self, args: bytes | memoryview | None) -> None:
+        """Copy the arguments in, which fit, and stamp the slot."""
+        start = self._args_start
+        _stamp(self._args_view, start - PAYLOAD_OFFSET, self.generation)
+        if not args:
             return
-        start = self.args_offset + PAYLOAD_OFFSET
-        if size >= COPY_UNLOCKED_MIN and isinstance(args.obj, bytes) and len(args.obj) == size:
-            ctypes.memmove(self.pair.args.address + start, args.obj, size)
+        size = len(args)
+        if size >= COPY_UNLOCKED_MIN and isinstance(args, bytes):
+            ctypes.memmove(self._pair.args.address + start, args, size)
         else:
-            view[start : start + size] = args
+            self._args_view[start : start + size] = args
 
-    def read(self, size: int) -> memoryview:
-        """Return a view of the first bytes of the results; it must not outlive the slot's lease."""
-        start = self.out_offset + PAYLOAD_OFFSET
-        return self.pair.out.view[start : start + size]
+    def read(self, size: int) -> bytes:
+        """Return a copy of the first bytes of the results."""
+        start = self._out_start
+        return self._out_view[start : start + size].tobytes()
 
     def copy_out(self, target: memoryview) -> None:
         """Copy results into a writable buffer, as many bytes as it holds."""
         size = target.nbytes
         if size >= COPY_UNLOCKED_MIN:
-            source = self.pair.out.address + self.out_offset + PAYLOAD_OFFSET
+            source = self._pair.out.address + self._out_start
             ctypes.memmove((ctypes.c_char * size).from_buffer(target), source, size)
         else:
-            target[:] = self.read(size)
+            target[:] = self._out_view[self._out_start : self._out_start + size]
 
-
-class Arena:
-    """All pairs of one contract.
-
-    Attributes:
-        id: the broker's number for it, 0 before the first grant.
-        deadline_us: the contract's default deadline, as told with the last grant.
-    """
-
-    def __init__(self, contract_id: int) -> None:
-        self.contract_id = contract_id
-        self.deadline_us = 0
-        self.pairs: list[HostPair] = []
-
-    def take(self, args_size: int, out_size: int, now_s: float) -> Slot | None:
-        """Return a free slot that is large enough, or None."""
-        for pair in self.pairs:
-            shape = pair.shape
-            if pair.free and args_size <= shape.args_capacity and out_size <= shape.out_capacity:
-                pair.used_s = now_s
-                return pair.free.pop()
-        return None
-
-    def give_back(self, slot: Slot, *, used: bool) -> None:
-        """Take a slot back that nobody else can touch; its generation moves on if a call was accepted with it."""
+    def give_back(self, *, used: bool) -> None:
+        """Let another call have the slot; its generation moves on if a call was accepted with it."""
         if used:
-            slot.generation = (slot.generation + 1) & 0xFFFFFFFF
-        slot.pair.free.append(slot)
-
-    def add(self, pair: HostPair) -> None:
-        """Add a pair; small ones are tried first."""
-        self.pairs.append(pair)
-        self.pairs.sort(key=lambda each: (each.shape.args_stride + each.shape.out_stride, -each.shape.count))
-
-    def remove_idle(self, before_s: float, size_min: int) -> list[HostPair]:
-        """Remove and return idle pairs of at least `size_min` bytes that were last used before `before_s`."""
-        idle = [
-            pair for pair in self.pairs if pair.is_idle and pair.used_s <= before_s and pair.shape.total_bytes >= size_min
-        ]
-        for pair in idle:
-            self.pairs.remove(pair)
-        return idle
-
-    def slots_wanted(self, args_size: int, out_size: int) -> int:
-        """Return how many slots to ask for: more when many are in use, few when they are large."""
-        size = max(args_size, out_size)
-        if size >= LARGE_PAYLOAD:
-            return 1
-        fitting = [p for p in self.pairs if args_size <= p.shape.args_capacity and out_size <= p.shape.out_capacity]
-        if size > 16 * 1024:
-            return 4
-        return min(max(SLOTS_FIRST, 2 * max((p.shape.count for p in fitting), default=0)), SLOTS_MAX)
-
-    def close(self) -> None:
-        """Unmap everything."""
-        for pair in self.pairs:
+            self.generation = (self.generation + 1) & 0xFFFFFFFF
+        pair = self._pair
+        pair.free.append(self)
+        if self.home.is_closed and pair.is_idle:
             pair.close()
-        self.pairs.clear()
+        elif self.home.is_retired and pair.is_idle:
+            self.home.drained.append(pair)

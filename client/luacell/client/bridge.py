@@ -1,7 +1,7 @@
 """LuaHostBridge: register Lua host contracts and call them, each in a process of its own.
 
-It turns calls into slots and messages, and answers into values and exceptions. The connection is the session's, the
-memory the arenas'. Safe from any thread.
+It checks what it is given and says what is asked for; how calls are made is `calls`' business, the connection the
+session's. Safe from any thread.
 """
 
 from __future__ import annotations
@@ -9,23 +9,21 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from luacell.client.arena import IDLE_PAIR_BYTES_MIN, IDLE_PAIR_S, Arena, HostPair, Slot
+from luacell.client.calls import Calls
 from luacell.client.deployment import Deployment
 from luacell.client.embedded import EmbeddedService
 from luacell.client.endpoint import run_directory_of
 from luacell.client.function import LuaFunction
-from luacell.client.replies import Buffer, ContractInfo, as_error, raise_for, raise_for_reply, raise_not_found
+from luacell.client.replies import Buffer, ContractInfo, as_error, raise_for_reply
 from luacell.client.scratch import ScratchVm, implementation
-from luacell.client.session import Answer, Pending, Session
-from luacell.protocol import headers, messages
+from luacell.client.session import Session
+from luacell.protocol import messages
 from luacell.protocol.errors import (
     AbiError,
     AbiErrorCode,
@@ -36,26 +34,14 @@ from luacell.protocol.errors import (
     SupportedLanguage,
     TooLarge,
     TypeMismatch,
-    call_error_class,
 )
-from luacell.protocol.headers import Op
 from luacell.protocol.identity import FN_ID_MAX, ContractRef, HostContractId
-from luacell.protocol.limits import ANSWER_GRACE_NS, DEADLINE_MAX_US, NS_PER_S, PAYLOAD_MAX, SPARES_MAX, US_PER_S
+from luacell.protocol.limits import DEADLINE_MAX_US, PAYLOAD_MAX, SPARES_MAX, US_PER_S
 from luacell.protocol.messages import Settings, id_bytes
 
 Contract = int | str | HostContractId
 
-_GRACE_S: Final = ANSWER_GRACE_NS / NS_PER_S
-_HEAD: Final = headers.head(Op.CALL)
-_LEASES_MAX: Final = 8  # attempts to get a slot that another thread takes first
-
-
-@dataclass(slots=True, eq=False)
-class _Lease:
-    """A slot that a call of ours holds."""
-
-    arena: Arena
-    slot: Slot
+_IDS_MAX: Final = 4096  # contract names whose id is remembered
 
 
 class LuaHostBridge:
@@ -110,14 +96,13 @@ class LuaHostBridge:
 
     def _open(self, service: EmbeddedService | None, run_directory: Path) -> None:
         self._session = Session.connect(run_directory)
-        self._session.on_stray = self._on_stray
+        self._calls = Calls(self._session)
         self._service = service
         self._state: type[BridgeError] | None = None
-        self._arenas: dict[int, Arena] = {}
-        self._lease_lock = threading.Lock()
-        self._abandoned: dict[int, _Lease] = {}
+        self._ids: dict[str, int] = {}
+        self._scratch_lock = threading.Lock()
         self._scratch: ScratchVm | None = None
-        self._finalizer = weakref.finalize(self, _clean_up, self._session, service, os.getpid())
+        self._finalizer = weakref.finalize(self, _clean_up, self._session, self._calls, service, os.getpid())
         _bridges.add(self)
 
     def __enter__(self) -> Self:
@@ -170,8 +155,10 @@ class LuaHostBridge:
         """
         ref = ContractRef.of(contract)
         self._request(
-            lambda number: messages.Unregister(request_id=number, contract=id_bytes(ref.id)), contract_id=ref.id
+            lambda number: messages.Unregister(request_id=number, contract=id_bytes(ref.id)),
+            contract_id=ref.id,
         )
+        self._calls.memory.forget(ref.id)
 
     def contracts(self) -> list[ContractInfo]:
         """Return the registered contracts in order of id."""
@@ -234,6 +221,8 @@ class LuaHostBridge:
             ),
             contract_id=ref.id,
         )
+        if replace:
+            self._calls.memory.forget(ref.id)
 
     # -- calls ----------------------------------------------------------------------------------------------------
     def call_host_contract(
@@ -265,7 +254,7 @@ class LuaHostBridge:
             target = None if out is None else memoryview(out).cast("B")
             if target is not None and target.readonly:
                 raise TypeError(f"out must be a writable buffer, not {type(out).__name__}")
-            source = None if args is None else memoryview(args).cast("B")
+            source = args if args is None or type(args) is bytes else memoryview(args).cast("B")
             self._call(contract, fn_id, source, target, 0 if target is None else target.nbytes, timeout)
         except CallError as error:
             return as_error(error)
@@ -302,8 +291,8 @@ class LuaHostBridge:
         target = None if out is None else memoryview(out).cast("B")
         if target is not None and target.readonly:
             raise TypeError(f"out must be a writable buffer, not {type(out).__name__}")
-        source = memoryview(args).cast("B") if args is not None else None
-        if source is not None and not source.nbytes:
+        source = args if args is None or type(args) is bytes else memoryview(args).cast("B")
+        if source is not None and not len(source):
             source = None
         return self._call(contract, fn_id, source, target, out_size if target is None else target.nbytes, timeout)
 
@@ -311,177 +300,29 @@ class LuaHostBridge:
         self,
         contract: Contract,
         fn_id: int,
-        args: memoryview | None,
+        args: bytes | memoryview | None,
         out: memoryview | None,
         out_size: int,
         timeout: float | None,
     ) -> bytes:
-        self._check()
-        contract_id = contract if type(contract) is int else ContractRef.of(contract).id
-        args_size = 0 if args is None else args.nbytes
-        _check_numbers(contract_id, fn_id, args_size, out_size)
-        timeout_us = _microseconds(timeout)
-        lease = self._lease(contract_id, args_size, out_size)
-        arena, slot = lease.arena, lease.slot
-        call_id = 0
-        try:
-            if args is not None:
-                slot.put_args(args)
-            else:
-                slot.put_args(_NOTHING)
-            budget_us = min(timeout_us, arena.deadline_us) if timeout_us else arena.deadline_us
-            flags = (headers.HAS_ARGS if args is not None else 0) | (headers.HAS_OUT if out is not None or out_size else 0)
-            with self._session.lock:
-                self._check()
-                call_id = self._session.next_id()
-                record = headers.CALL.pack(
-                    call_id,
-                    contract_id,
-                    fn_id,
-                    budget_us,
-                    slot.pair.arena,
-                    slot.number,
-                    slot.generation,
-                    flags,
-                    args_size,
-                    out_size,
-                )
-                pending = self._session.start_call(call_id, _HEAD + record)
-        except BaseException:
-            with self._session.lock:
-                self._session.forget_call(call_id)
-                arena.give_back(slot, used=False)
-            raise
-        budget_s = budget_us / US_PER_S
-        try:
-            self._session.wait(pending, time.monotonic() + budget_s + _GRACE_S, "an answer by its deadline")
-        except BaseException:
-            self._abandon(call_id, pending, lease)
-            raise
-        return self._conclude(lease, call_id, contract_id, fn_id, pending.answer, out)
+        if self._state is not None:
+            self._check()
+        contract_id = self._ids.get(contract) if type(contract) is str else None
+        if contract_id is None:
+            contract_id = self._resolve(contract)
+        if type(fn_id) is not int or not 0 <= fn_id <= FN_ID_MAX:
+            raise ValueError(f"fn_id {fn_id!r} is no integer in 0..2**32-1")
+        if not 0 <= out_size <= PAYLOAD_MAX or (args is not None and len(args) > PAYLOAD_MAX):
+            _check_sizes(0 if args is None else len(args), out_size)
+        timeout_us = 0 if timeout is None else _microseconds(timeout)
+        return self._calls.call(contract_id, fn_id, args, out, out_size, timeout_us)
 
-    def _conclude(
-        self, lease: _Lease, call_id: int, contract_id: int, fn_id: int, answer: object, out: memoryview | None
-    ) -> bytes:
-        """Turn an answer into a value or an exception, and give the slot back where it is free."""
-        slot = lease.slot
-        try:
-            if isinstance(answer, messages.Failure):
-                raise_for(answer, contract_id, fn_id)
-            assert isinstance(answer, headers.Result)
-            if answer.code != AbiErrorCode.OK:
-                text = bytes(slot.read(answer.error_size)).decode("utf-8", "replace")
-                code = AbiErrorCode(answer.code)
-                raise call_error_class(code)(text or code.name, code=code, began="yes")
-            if out is None:
-                return bytes(slot.read(answer.out_size))
-            slot.copy_out(out)
-            return b""
-        finally:
-            self._settle(lease, call_id, answer)
-
-    def _settle(self, lease: _Lease, call_id: int, answer: object) -> None:
-        """Give the slot back, or keep it until RELEASED."""
-        with self._session.lock:
-            self._settle_locked(lease, call_id, answer)
-
-    def _settle_locked(self, lease: _Lease, call_id: int, answer: object) -> None:
-        if isinstance(answer, messages.Failure):
-            kept, used = answer.slot == "kept", answer.slot != "unused"
-        else:
-            kept, used = isinstance(answer, headers.Result) and not answer.flags & headers.SLOT_FREE, True
-        if kept:
-            self._abandoned[call_id] = lease
-        else:
-            lease.arena.give_back(lease.slot, used=used)
-
-    def _abandon(self, call_id: int, pending: Pending, lease: _Lease) -> None:
-        """Nobody waits any more; the slot stays leased until the broker says that nobody can touch it."""
-        with self._session.lock:
-            if pending.answer is not None:
-                self._settle_locked(lease, call_id, pending.answer)
-            else:
-                self._abandoned[call_id] = lease
-                self._session.abandon_call(call_id)
-
-    def _on_stray(self, call_id: int, answer: Answer | None) -> None:
-        """An answer that nobody waits for, or RELEASED; under the session's lock."""
-        lease = self._abandoned.pop(call_id, None)
-        if lease is not None:
-            self._settle_locked(lease, call_id, answer)
-
-    # -- memory ---------------------------------------------------------------------------------------------------
-    def _lease(self, contract_id: int, args_size: int, out_size: int) -> _Lease:
-        """Take a slot, getting more memory from the broker where all are in use or too small."""
-        now_s = time.monotonic()
-        with self._session.lock:
-            arena = self._arenas.get(contract_id)
-            slot = arena.take(args_size, out_size, now_s) if arena is not None else None
-        if arena is not None and slot is not None:
-            return _Lease(arena, slot)
-        for _ in range(_LEASES_MAX):
-            with self._lease_lock:
-                with self._session.lock:
-                    arena = self._arenas.setdefault(contract_id, Arena(contract_id))
-                    slot = arena.take(args_size, out_size, now_s)
-                if slot is None:
-                    self._grow(arena, args_size, out_size, now_s)
-                    with self._session.lock:
-                        slot = arena.take(args_size, out_size, now_s)
-            if slot is not None:
-                return _Lease(arena, slot)
-        raise call_error_class(AbiErrorCode.BUSY)("every slot is taken by other threads; retry later", began="no")
-
-    def _grow(self, arena: Arena, args_size: int, out_size: int, now_s: float) -> None:
-        """Get another pair of segments; idle ones go back first when the budget is used up."""
-        self._give_back_idle(before_s=now_s - IDLE_PAIR_S, size_min=IDLE_PAIR_BYTES_MIN)
-        pending = self._ask_for_pair(arena, args_size, out_size)
-        answer = pending.answer
-        if isinstance(answer, messages.Reply) and answer.code == AbiErrorCode.BUSY:
-            self._give_back_idle(before_s=now_s, size_min=0)
-            pending = self._ask_for_pair(arena, args_size, out_size)
-            answer = pending.answer
-        if isinstance(answer, messages.Segment):
-            self._add_pair(arena, answer, pending.descriptors)
-            return
-        assert isinstance(answer, messages.Reply)
-        if not arena.pairs:
-            with self._session.lock:
-                self._arenas.pop(arena.contract_id, None)
-        if answer.code == AbiErrorCode.HOST_CONTRACT_NOT_FOUND:
-            raise_not_found(arena.contract_id)
-        code = AbiErrorCode(answer.code)
-        raise call_error_class(code)(answer.reason, code=code, began="no", limit=answer.reason)
-
-    def _ask_for_pair(self, arena: Arena, args_size: int, out_size: int) -> Pending:
-        count = arena.slots_wanted(args_size, out_size)
-        return self._session.request(
-            lambda number: messages.Lease(
-                request_id=number,
-                contract=id_bytes(arena.contract_id),
-                args_size=args_size,
-                out_size=out_size,
-                count=count,
-            )
-        )
-
-    def _add_pair(self, arena: Arena, segment: messages.Segment, descriptors: list[int]) -> None:
-        try:
-            pair = HostPair(segment, *descriptors)
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
-        with self._session.lock:
-            self._session.tell(messages.Mapped(arena=segment.arena, index=segment.index))
-            arena.deadline_us = segment.deadline_us
-            arena.add(pair)
-
-    def _give_back_idle(self, before_s: float, size_min: int) -> None:
-        with self._session.lock:
-            for arena in self._arenas.values():
-                for pair in arena.remove_idle(before_s, size_min):
-                    self._session.tell(messages.GiveBack(arena=pair.arena, index=pair.index))
-                    pair.close()
+    def _resolve(self, contract: Contract) -> int:
+        """Return the id of a contract; hashing a name takes longer than anything else here, so it is remembered."""
+        contract_id = ContractRef.of(contract).id
+        if isinstance(contract, str) and len(self._ids) < _IDS_MAX:
+            self._ids[contract] = contract_id
+        return contract_id
 
     # -- the rest -------------------------------------------------------------------------------------------------
     def health(self) -> dict[str, Any]:
@@ -495,7 +336,7 @@ class LuaHostBridge:
     def lua(self) -> ScratchVm:
         """Return access to this bridge's scratch VM, in a worker of its own."""
         self._check()
-        with self._lease_lock:
+        with self._scratch_lock:
             if self._scratch is None:
                 scratch_id = int.from_bytes(os.urandom(8), "little")
                 self._register(ContractRef(scratch_id), implementation(), Settings(), {}, replace=False, private=True)
@@ -519,16 +360,18 @@ class LuaHostBridge:
         self._state = BridgeForked
         self._finalizer.detach()
         self._session.leave_in_child()
+        self._calls.memory.leave_in_child()
 
 
-_NOTHING: Final = memoryview(b"")
 _bridges: weakref.WeakSet[LuaHostBridge] = weakref.WeakSet()
 
 
-def _clean_up(session: Session, service: EmbeddedService | None, owner_pid: int) -> None:
+def _clean_up(session: Session, calls: Calls, service: EmbeddedService | None, owner_pid: int) -> None:
     if os.getpid() != owner_pid:
         return
     session.close()
+    with session.lock:
+        calls.close()
     if service is not None:
         service.stop()
 
@@ -541,16 +384,13 @@ def _leave_all_in_child() -> None:
 os.register_at_fork(after_in_child=_leave_all_in_child)
 
 
-def _check_numbers(contract_id: int, fn_id: int, args_size: int, out_size: int) -> None:
-    if not 0 <= contract_id < 1 << 64:
-        raise ValueError(f"contract id {contract_id} is outside 0..2**64-1")
-    if type(fn_id) is not int or not 0 <= fn_id <= FN_ID_MAX:
-        raise ValueError(f"fn_id {fn_id!r} is no integer in 0..2**32-1")
+def _check_sizes(args_size: int, out_size: int) -> None:
     if out_size < 0:
         raise ValueError(f"out_size {out_size} is negative")
-    if args_size > PAYLOAD_MAX or out_size > PAYLOAD_MAX:
-        name, size = ("args", args_size) if args_size > PAYLOAD_MAX else ("out", out_size)
-        raise TooLarge(f"{name} of {size} bytes is over the limit of {PAYLOAD_MAX}", began="no", limit=f"{PAYLOAD_MAX} bytes")
+    name, size = ("args", args_size) if args_size > PAYLOAD_MAX else ("out", out_size)
+    raise TooLarge(
+        f"{name} of {size} bytes is over the limit of {PAYLOAD_MAX}", began="no", limit=f"{PAYLOAD_MAX} bytes"
+    )
 
 
 def _microseconds(timeout: float | None) -> int:

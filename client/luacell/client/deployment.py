@@ -92,7 +92,10 @@ class Deployment:
         if not isinstance(contracts, dict) or not contracts:
             raise DeploymentError(f'{manifest}: names no contract; add a table [contract."host.name@1"]')
         units = tuple(_read_unit(directory, manifest, name, table) for name, table in contracts.items())
-        return cls(units, _read_modules(directory))
+        modules = _read_modules(directory)
+        for unit in units:
+            _check_total(directory, unit, modules)
+        return cls(units, modules)
 
 
 class _Table:
@@ -120,7 +123,7 @@ class _Table:
     def text(self, key: str, default: str | None = None) -> str:
         value = self._values.get(key, default)
         if not isinstance(value, str):
-            raise self.error(key, "a text") if key in self._values else DeploymentError(f"{self._where}: lacks {key}")
+            raise (self.error(key, "a text") if key in self._values else DeploymentError(f"{self._where}: lacks {key}"))
         return value
 
     def duration_us(self, key: str, default: int) -> int:
@@ -182,22 +185,23 @@ def _read_source(directory: Path, table: _Table) -> LuaFunction:
 def _read_modules(directory: Path) -> dict[str, bytes]:
     """Read every Lua file of the directory, named as `require` names it."""
     modules: dict[str, bytes] = {}
-    total = 0
     for path in sorted(directory.rglob("*.lua")):
         relative = path.relative_to(directory)
         if not path.is_file() or any(part.startswith(".") for part in relative.parts):
             continue
-        source = path.read_bytes()
-        total += len(source)
-        name = ".".join(relative.with_suffix("").parts)
-        modules[name] = source
-        if name.endswith(".init"):
-            modules[name.removesuffix(".init")] = source
-        if total > SOURCE_MAX or len(modules) > MODULES_MAX:
-            raise DeploymentError(
-                f"{directory} holds more than {SOURCE_MAX} bytes or {MODULES_MAX} modules of Lua; {path} is one too many"
-            )
+        modules[".".join(relative.with_suffix("").parts)] = path.read_bytes()
+        if len(modules) > MODULES_MAX:
+            raise DeploymentError(f"{directory} holds more than {MODULES_MAX} modules; {path} is one too many")
     return modules
+
+
+def _check_total(directory: Path, unit: Unit, modules: dict[str, bytes]) -> None:
+    """Refuse what a registration could not carry: each contract travels with its source and all modules."""
+    total = len(unit.function.source) + sum(len(name.encode()) + len(source) for name, source in modules.items())
+    if total > SOURCE_MAX:
+        raise DeploymentError(
+            f"{directory}: {unit.ref} and the directory's modules have {total} bytes; the limit is {SOURCE_MAX}"
+        )
 
 
 def _refuse_unknown(manifest: Path, table: str, values: dict[str, Any], known: tuple[str, ...]) -> None:

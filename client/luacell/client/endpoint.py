@@ -24,7 +24,9 @@ def run_directory_of(endpoint: str | os.PathLike[str] | None) -> Path:
     if not given:
         return _default()
     if "://" in given and not given.startswith(_IPC):
-        raise ValueError(f"endpoint {given!r} is neither a run directory nor ipc://…; other transports are not available")
+        raise ValueError(
+            f"endpoint {given!r} is neither a run directory nor ipc://…; other transports are not available"
+        )
     path = Path(given.removeprefix(_IPC))
     return path.parent if path.name in (BROKER_SOCKET, DESCRIPTOR_SOCKET) else path
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
 from luacell.protocol.limits import SOURCE_MAX
+
+CHUNK_NAME_MAX: Final = 512  # characters; what a registration carries
 
 
 class LuaFunction:
@@ -29,7 +32,7 @@ class LuaFunction:
         if not isinstance(source, str | bytes):
             raise TypeError(f"Lua source is str or bytes, not {type(source).__name__}")
         self.source = source.encode() if isinstance(source, str) else source
-        self.chunk_name = chunk_name
+        self.chunk_name = _sendable(chunk_name)
         if len(self.source) > SOURCE_MAX:
             raise ValueError(f"Lua source of {len(self.source)} bytes is over the limit of {SOURCE_MAX}")
 
@@ -44,3 +47,9 @@ class LuaFunction:
 
     def __repr__(self) -> str:
         return f"LuaFunction({self.chunk_name or 'source'!s}, {len(self.source)} bytes)"
+
+
+def _sendable(chunk_name: str) -> str:
+    """Keep the end of a long name, as Lua does where it shows one; paths need not be UTF-8."""
+    name = chunk_name.encode("utf-8", "backslashreplace").decode()
+    return name if len(name) <= CHUNK_NAME_MAX else f"{name[0]}...{name[4 - CHUNK_NAME_MAX :]}"

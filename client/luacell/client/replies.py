@@ -95,6 +95,16 @@ def raise_for(failure: messages.Failure, contract_id: int, fn_id: int) -> NoRetu
     raise error
 
 
+def raise_from_slot(code_number: int, text: bytes) -> NoReturn:
+    """Raise what a contract answered with a code other than OK.
+
+    Raises:
+        CallError: the child that fits the code.
+    """
+    code = AbiErrorCode(code_number)
+    raise call_error_class(code)(text.decode("utf-8", "replace") or code.name, code=code, began="yes")
+
+
 _LUA_FUNCTION: Final = "Lua function"
 
 

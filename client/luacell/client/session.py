@@ -1,4 +1,4 @@
-"""A host's connection to a broker: one DEALER, one descriptor channel, any number of calling threads, no thread of its own.
+"""A host's connection to a broker: one DEALER, one descriptor channel, any number of threads, none of its own.
 
 Callers send for themselves; of those that wait, one reads for all. Whoever touches the socket holds the lock, and
 leaves no message unread behind it: libzmq's descriptor reports only what came after the last look. The reader waits
@@ -15,8 +15,11 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
+from struct import Struct
+from threading import get_ident
 from typing import Final
 
 import zmq
@@ -25,7 +28,13 @@ from luacell.protocol import headers, messages
 from luacell.protocol.errors import ProtocolError, Unavailable
 from luacell.protocol.headers import Op
 from luacell.protocol.limits import MESSAGE_MAX, NS_PER_S, REQUEST_LIMIT_NS
-from luacell.protocol.memory.channel import ChannelClosed, close_all, connect_channel, receive_message, send_message
+from luacell.protocol.memory.channel import (
+    ChannelClosed,
+    close_all,
+    connect_channel,
+    receive_message,
+    send_message,
+)
 from luacell.protocol.messages import Message, decode, encode
 from luacell.protocol.paths import BROKER_SOCKET, DESCRIPTOR_SOCKET
 
@@ -35,20 +44,28 @@ HIGH_WATER_MARK: Final = 4096
 _MS: Final = 1000
 _LINGER_MS: Final = 100  # for the farewell
 
-Answer = headers.Result | messages.Failure
+_NOBLOCK: Final = int(zmq.NOBLOCK)  # plain integers: pyzmq's enums cost microseconds
+_EVENTS: Final = int(zmq.EVENTS)
+_POLLIN: Final = int(zmq.POLLIN)
+_send: Final = zmq.backend.Socket.send  # without the wrapper's handling of options that we do not use
+_FULL: Final = "the broker takes no messages: it is gone or overloaded"
+_RESULT_HEAD: Final = headers.head(Op.RESULT)
+_RESULT: Final = Struct(f"<{headers.PREAMBLE_SIZE}s" + headers.RESULT.format.removeprefix("<"))
+_RESULT_SIZE: Final = _RESULT.size
+
+Answer = tuple[int, ...] | messages.Failure  # the fields of headers.Result, or why there is none
 
 
 class Pending:
     """Something that waits for its answer: a call or a request."""
 
-    __slots__ = ("answer", "descriptors", "event", "failure", "is_done")
-
-    def __init__(self) -> None:
-        self.is_done = False
-        self.answer: Answer | messages.Reply | messages.Segment | messages.Welcome | None = None
-        self.descriptors: list[int] = []
-        self.failure: Unavailable | None = None
-        self.event: threading.Event | None = None  # made when its owner waits for another to read
+    call_id = 0
+    is_sent = False
+    is_done = False
+    answer: Answer | messages.Reply | messages.Segment | messages.Welcome | None = None
+    descriptors: Sequence[int] = ()
+    failure: Unavailable | None = None
+    event: threading.Event | None = None  # made when its owner waits for another to read
 
 
 class Session:
@@ -58,7 +75,9 @@ class Session:
         on_stray: called under the lock with answers to calls nobody waits for any more, and with RELEASED.
     """
 
-    def __init__(self, channel: socket.socket, context: zmq.Context[zmq.Socket[bytes]], dealer: zmq.Socket[bytes]) -> None:
+    def __init__(
+        self, channel: socket.socket, context: zmq.Context[zmq.Socket[bytes]], dealer: zmq.Socket[bytes]
+    ) -> None:
         self.lock = threading.Lock()
         self.on_stray: Callable[[int, Answer | None], None] = lambda call_id, answer: None
         self.epoch = b""
@@ -69,15 +88,17 @@ class Session:
         self._calls: dict[int, Pending] = {}
         self._requests: dict[int, Pending] = {}
         self._welcome: Pending | None = None
-        self._last_id = 0
+        self._request_ids = count(1)
         self._reader: Pending | None = None
+        self._reader_thread = 0
         self._lost: str = ""
         self._is_closed = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
-        for descriptor in (int(dealer.getsockopt(zmq.FD)), channel.fileno(), self._wake):
-            self._poll.register(descriptor, select.POLLIN)
+        self._dealer_fd = int(dealer.getsockopt(zmq.FD))
         self._channel_fd = channel.fileno()
+        for descriptor in (self._dealer_fd, self._channel_fd, self._wake):
+            self._poll.register(descriptor, select.POLLIN)
 
     @classmethod
     def connect(cls, run_directory: Path) -> Session:
@@ -112,7 +133,9 @@ class Session:
         session = cls(channel, context, dealer)
         try:
             if not dealer.poll(int(CONNECT_LIMIT_S * _MS), zmq.POLLOUT):
-                raise Unavailable(f"the broker at {run_directory} does not answer within {CONNECT_LIMIT_S} s", began="no")
+                raise Unavailable(
+                    f"the broker at {run_directory} does not answer within {CONNECT_LIMIT_S} s", began="no"
+                )
             session._greet()
         except BaseException:
             session.close()
@@ -123,41 +146,53 @@ class Session:
         pending = self._welcome = Pending()
         with self.lock:
             self._send(encode(messages.Hello(role="host")))
-        self.wait(pending, time.monotonic() + CONNECT_LIMIT_S, f"a greeting within {CONNECT_LIMIT_S} s")
+        self.wait(pending, CONNECT_LIMIT_S, f"a greeting within {CONNECT_LIMIT_S} s")
         if isinstance(pending.answer, messages.Welcome):
             self.epoch, self.broker_pid = pending.answer.epoch, pending.answer.broker_pid
 
     # -- sending --------------------------------------------------------------------------------------------------
-    def next_id(self) -> int:
-        """Return a number for a call or request. Under the lock."""
-        self._last_id += 1
-        return self._last_id
+    def call(self, pending: Pending, message: bytes, limit_s: float) -> None:
+        """Send a call and wait until it is answered.
 
-    def start_call(self, call_id: int, message: bytes) -> Pending:
-        """Send a call. Under the lock.
+        Args:
+            pending: new, with the id of the call; where this raises with `is_sent`, the call is under way.
+            message: CALL with one record of that id.
+            limit_s: seconds to wait.
 
         Raises:
-            Unavailable: the broker is gone, or does not take messages.
+            Unavailable: the broker is gone, takes no messages, or did not answer in time.
         """
-        self.check()
-        pending = Pending()
-        self._calls[call_id] = pending
-        try:
-            self._send(message)
-        except BaseException:
-            self._calls.pop(call_id, None)
-            raise
-        return pending
+        call_id = pending.call_id
+        with self.lock:
+            if self._lost:
+                self.check()
+            try:
+                _send(self._dealer, message, _NOBLOCK)
+            except zmq.Again:
+                raise Unavailable(_FULL, began="no") from None
+            self._calls[call_id] = pending
+            pending.is_sent = True
+            is_reader = self._reader is None
+            if is_reader:
+                self._reader = pending
+                self._reader_thread = get_ident()
+            # For our own wait; or because sending may have consumed the signal that the reader waits for.
+            if int(self._dealer.getsockopt(_EVENTS)) & _POLLIN:
+                self._read_all()
+        if not is_reader or not self._read_own(pending, call_id, limit_s * _MS):
+            self.wait(pending, limit_s, "an answer by its deadline")
+
+    def leave(self, pending: Pending) -> None:
+        """Stop being the reader, where `pending` is. Under the lock."""
+        if self._reader is pending:
+            self._reader = None
+            self._appoint_reader()
 
     def abandon_call(self, call_id: int) -> None:
         """Forget that somebody waits for a call, and tell the broker; its answer will be a stray. Under the lock."""
         if self._calls.pop(call_id, None) is not None and not self._lost and not self._is_closed:
             with contextlib.suppress(Unavailable):
                 self._send(headers.encode_records(Op.CANCEL, [(call_id,)]))
-
-    def forget_call(self, call_id: int) -> None:
-        """Forget that somebody waits for a call, without a word to the broker. Under the lock."""
-        self._calls.pop(call_id, None)
 
     def request(self, make: Callable[[int], Message]) -> Pending:
         """Send a control request and wait for its Reply or Segment.
@@ -171,21 +206,33 @@ class Session:
         Raises:
             Unavailable: the broker is gone or silent.
         """
-        with self.lock:
-            self.check()
-            request_id = self.next_id()
-            pending = self._requests[request_id] = Pending()
-            self._send(encode(make(request_id)))
+        request_id = next(self._request_ids)
+        message = encode(make(request_id))
+        pending = Pending()
         try:
-            self.wait(pending, time.monotonic() + REQUEST_LIMIT_S, f"an answer within {REQUEST_LIMIT_S:g} s")
+            with self.lock:
+                self.check()
+                self._requests[request_id] = pending
+                self._send(message)
+            self.wait(pending, REQUEST_LIMIT_S, f"an answer within {REQUEST_LIMIT_S:g} s")
         finally:
             with self.lock:
                 self._requests.pop(request_id, None)
         return pending
 
     def tell(self, message: Message) -> None:
-        """Send a control message that has no answer. Under the lock."""
+        """Send a control message that has no answer. Under the lock.
+
+        Raises:
+            Unavailable: the broker is gone, or the session was closed.
+        """
+        self.check()
         self._send(encode(message))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the broker is there, as far as we know."""
+        return not self._lost
 
     def check(self) -> None:
         """Raise Unavailable when the broker is known to be gone. Under the lock."""
@@ -194,71 +241,103 @@ class Session:
 
     def _send(self, message: bytes) -> None:
         try:
-            self._dealer.send(message, zmq.NOBLOCK)
+            _send(self._dealer, message, _NOBLOCK)
         except zmq.Again:
-            raise Unavailable("the broker takes no messages: it is gone or overloaded", began="no") from None
-        self._read_all()
+            raise Unavailable(_FULL, began="no") from None
+        if self._reader is not None:  # sending may have consumed the signal that it waits for
+            self._read_all()
 
     # -- waiting --------------------------------------------------------------------------------------------------
-    def wait(self, pending: Pending, until_s: float, expected: str) -> None:
+    def wait(self, pending: Pending, limit_s: float, expected: str) -> None:
         """Wait until `pending` is answered, reading for everybody where nobody else does.
 
         Args:
-            until_s: monotonic seconds.
+            pending: what was sent.
+            limit_s: seconds from now.
             expected: what was awaited, for the error.
 
         Raises:
-            Unavailable: the broker is gone, or did not answer by `until_s`.
+            Unavailable: the broker is gone, or did not answer in time.
         """
+        until_s = time.monotonic() + limit_s
         try:
-            self._take_turns(pending, until_s)
+            while not pending.is_done and (left_s := until_s - time.monotonic()) > 0:
+                if self._reader is pending or (self._reader is None and self._become_reader(pending)):
+                    self._read_until(pending, until_s)
+                else:
+                    self._follow(pending, left_s)
         finally:
-            if pending.event is not None:  # we may have been appointed reader in the moment we left
-                with self.lock:
-                    if self._reader is None:
-                        self._appoint_reader()
-        if not pending.is_done:
-            raise Unavailable(f"the broker did not give {expected}")
+            if self._reader is pending or pending.event is not None:
+                with self.lock:  # we may have been appointed in the moment we left
+                    self.leave(pending)
+                    self._appoint_reader()
         if pending.failure is not None:
             raise pending.failure
+        if not pending.is_done:
+            raise Unavailable(f"the broker did not give {expected}")
 
-    def _take_turns(self, pending: Pending, until_s: float) -> None:
-        while not pending.is_done:
-            left_s = until_s - time.monotonic()
-            if left_s <= 0:
-                return
-            with self.lock:
-                if pending.is_done:
-                    break
-                if self._reader is None:
-                    self._reader = pending
-                elif pending.event is None:
-                    pending.event = threading.Event()
-                is_reader = self._reader is pending
-                event = pending.event
-            if is_reader:
-                self._read_for_all(pending, until_s)
-            else:
-                assert event is not None
-                event.wait(left_s)
-                event.clear()
+    def _read_own(self, pending: Pending, call_id: int, limit_ms: float) -> bool:
+        """Read once, for what happens most: the next message is our own answer and nobody else waits.
 
-    def _read_for_all(self, pending: Pending, until_s: float) -> None:
-        try:
-            while not pending.is_done:
-                left_ms = (until_s - time.monotonic()) * _MS
-                if left_ms <= 0:
-                    return
-                ready = self._poll.poll(left_ms + 1)
-                with self.lock:
-                    self._read_ready(ready)
-        finally:
-            with self.lock:
-                self._reader = None
+        Returns:
+            Whether it was so; else nothing is lost, and the usual way goes on from here.
+        """
+        if pending.is_done or len(self._calls) != 1:
+            return False
+        ready = self._poll.poll(limit_ms)
+        if len(ready) != 1 or ready[0][0] != self._dealer_fd:
+            return False
+        with self.lock:
+            if self._is_closed:
+                return False
+            try:
+                message = self._dealer.recv(_NOBLOCK)
+            except zmq.Again:
+                return False
+            if len(message) != _RESULT_SIZE or (head := _RESULT.unpack(message))[:2] != (_RESULT_HEAD, call_id):
+                self._take(message)
+                return False
+            del self._calls[call_id]
+            pending.answer = head[1:]
+            pending.is_done = True
+            self._reader = None
+            if self._calls or self._requests:
                 self._appoint_reader()
+            return True
+
+    def _become_reader(self, pending: Pending) -> bool:
+        with self.lock:
+            if self._reader is not None or pending.is_done:
+                return False
+            self._reader = pending
+            self._reader_thread = get_ident()
+            self._read_all()  # before we wait for the signal that there is more
+            return True
+
+    def _follow(self, pending: Pending, left_s: float) -> None:
+        """Let another read; wake up when it has our answer, or leaves."""
+        with self.lock:
+            if pending.is_done or self._reader is None:
+                return
+            event = pending.event
+            if event is None:
+                event = pending.event = threading.Event()
+        event.wait(left_s)
+        event.clear()
+
+    def _read_until(self, pending: Pending, until_s: float) -> None:
+        """Read for all until `pending` is answered or time is up, then leave the reading to another."""
+        while not pending.is_done and (left_s := until_s - time.monotonic()) > 0:
+            ready = self._poll.poll(left_s * _MS + 1)
+            with self.lock:
+                self._read_ready(ready)
+        with self.lock:
+            self.leave(pending)
 
     def _appoint_reader(self) -> None:
-        """Wake one of those that wait for another to read: it will find that nobody does."""
+        """Where nobody reads, wake one of those that wait for another to do it. Under the lock."""
+        if self._reader is not None:
+            return
         for table in (self._calls, self._requests):
             for waiting in table.values():
                 if waiting.event is not None and not waiting.is_done:
@@ -266,6 +345,7 @@ class Session:
                     return
 
     def _read_ready(self, ready: list[tuple[int, int]]) -> None:
+        """Act on what the reader's poll has reported. Under the lock."""
         for descriptor, _ in ready:
             if descriptor == self._wake:
                 with contextlib.suppress(BlockingIOError):
@@ -275,21 +355,26 @@ class Session:
         self._read_all()
 
     def _read_all(self) -> None:
-        """Read every message there is."""
+        """Read every message there is; libzmq's descriptor then reports the next one."""
         dealer = self._dealer
-        while not self._is_closed and int(dealer.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            message = dealer.recv(zmq.NOBLOCK)
-            try:
+        while not self._is_closed and int(dealer.getsockopt(_EVENTS)) & _POLLIN:
+            self._take(dealer.recv(_NOBLOCK))
+
+    def _take(self, message: bytes) -> None:
+        try:
+            if message[: headers.PREAMBLE_SIZE] == _RESULT_HEAD and len(message) == _RESULT_SIZE:
+                record = headers.RESULT.unpack_from(message, headers.PREAMBLE_SIZE)
+                self._on_answer(record[0], record)
+            else:
                 self._on_message(message)
-            except ProtocolError as error:
-                self._lose(f"the broker sent something that is not of this protocol: {error}")
-                return
+        except ProtocolError as error:
+            self._lose(f"the broker sent something that is not of this protocol: {error}")
 
     def _on_message(self, message: bytes) -> None:
         op, count = headers.parse_preamble(message)
         if op is Op.RESULT:
             for record in headers.parse_records(op, count, message):
-                self._on_answer(record[0], headers.Result._make(record))
+                self._on_answer(record[0], record)
         elif op is Op.FAILURE:
             failure = decode(messages.Failure, message)
             if failure.call_id == 0:
@@ -324,7 +409,7 @@ class Session:
         pending.is_done = True
         if pending.event is not None:
             pending.event.set()
-        if pending is self._reader:
+        if pending is self._reader and get_ident() != self._reader_thread:
             os.eventfd_write(self._wake, 1)
 
     def _read_channel(self) -> None:
@@ -338,17 +423,21 @@ class Session:
                 self._read_all()  # what it had answered before it went
                 self._lose(f"the broker is gone ({error})")
                 return
-            self._on_grant(message, descriptors)
+            try:
+                self._on_grant(message, descriptors)
+            except ProtocolError as error:
+                close_all(descriptors)
+                self._lose(f"the broker sent something that is not of this protocol: {error}")
+                return
 
     def _on_grant(self, message: bytes, descriptors: list[int]) -> None:
-        op, _ = headers.parse_preamble(message)
-        if op is not Op.SEGMENT or len(descriptors) != 2:
-            close_all(descriptors)
-            return
         segment = decode(messages.Segment, message)
+        if len(descriptors) != 2:
+            raise ProtocolError(f"SEGMENT came with {len(descriptors)} descriptors, not 2")
         pending = self._requests.get(segment.request_id)
-        if pending is None or pending.is_done:
+        if pending is None or pending.is_done:  # its owner has given up: let the broker have the memory back
             close_all(descriptors)
+            self._send(encode(messages.GiveBack(arena=segment.arena, index=segment.index)))
             return
         pending.descriptors = descriptors
         self._complete(pending, segment)
@@ -359,7 +448,11 @@ class Session:
         if self._lost:
             return
         self._lost = reason
-        waiting = [*self._calls.values(), *self._requests.values(), *([self._welcome] if self._welcome else [])]
+        waiting = [
+            *self._calls.values(),
+            *self._requests.values(),
+            *([self._welcome] if self._welcome else []),
+        ]
         for pending in waiting:
             if not pending.is_done:
                 pending.failure = Unavailable(reason)

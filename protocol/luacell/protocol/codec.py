@@ -1,18 +1,22 @@
 """The only door to msgpack: bounded decoding, no surprises in types.
 
-It knows bytes and plain values, not messages. msgpack ships no types, so it is imported here and nowhere else.
+It knows bytes and plain values, not messages. msgpack ships no types, so it is imported here and nowhere
+else.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import msgpack
 
 from luacell.protocol.errors import ProtocolError
-from luacell.protocol.limits import MESSAGE_MAX, NODES_MAX
+from luacell.protocol.limits import MESSAGE_MAX, NODES_MAX, WORKERS_MAX
 
-_CONTAINER_LENGTH_MAX: Final = 4096
+# msgpack allocates an array when it has read its length, up to 1024 levels deep: 1024 x 1024 x 8 bytes are
+# 8 MiB. The longest array of this protocol is a list of workers. Maps grow as they are filled.
+_ARRAY_LENGTH_MAX: Final = WORKERS_MAX
+_MAP_LENGTH_MAX: Final = 4096
 
 
 def pack(value: object) -> bytes:
@@ -36,6 +40,10 @@ class _NodeBudget:
         return container
 
 
+def _refuse_extension(code: int, data: bytes) -> NoReturn:
+    raise ValueError(f"extension type {code}; this protocol has none")
+
+
 def unpack(data: bytes | memoryview) -> Any:
     """Decode one value.
 
@@ -51,11 +59,14 @@ def unpack(data: bytes | memoryview) -> Any:
             use_list=True,
             object_hook=budget.spend,
             list_hook=budget.spend,
+            ext_hook=_refuse_extension,
             max_str_len=MESSAGE_MAX,
             max_bin_len=MESSAGE_MAX,
-            max_array_len=_CONTAINER_LENGTH_MAX,
-            max_map_len=_CONTAINER_LENGTH_MAX,
+            max_array_len=_ARRAY_LENGTH_MAX,
+            max_map_len=_MAP_LENGTH_MAX,
             max_ext_len=0,
         )
-    except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
+    except (msgpack.exceptions.StackError, RecursionError):
+        raise ProtocolError("malformed msgpack (nested too deep)") from None
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
         raise ProtocolError(f"malformed msgpack ({type(error).__name__}: {str(error)[:200]})") from None

@@ -11,8 +11,8 @@
     │   ├── BridgeClosed                 the bridge was closed
     │   └── BridgeForked                 the bridge belongs to the parent of this process
     ├── CallError                        a call got no value; one child per code
-    │   ├── Generic, BufferTooSmall, Panic, NotFound, StaleHandle, FunctionNotAvailable, DuplicateProvider,
-    │   │   InvalidPointer, ReentrantCall                               polyplug's, from the contract or a handle
+    │   ├── Generic, BufferTooSmall, Panic, NotFound, StaleHandle, FunctionNotAvailable,
+    │   │   DuplicateProvider, InvalidPointer, ReentrantCall       polyplug's, from the contract or a handle
     │   ├── HostContractNotFound (also a ContractNotFound), HostContractVersionMismatch
     │   ├── HostContractCallFailed       the contract raised
     │   │   └── ContractLoadFailed       (also a VmDispatchFailed)
@@ -21,14 +21,15 @@
     │   └── Unauthorized, BadRequest, TooLarge                          what is wrong with the request
     └── ProtocolError                    a peer sent something that is not of this protocol
 
-Codes below 256 and the texts of BridgeError are polyplug's, so that code written for its bridge reads the same.
+Codes below 256 and the texts of BridgeError are polyplug's, so that code written for its bridge reads the
+same.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from luacell.protocol.identity import format_id
 
@@ -106,6 +107,14 @@ class AbiError:
 
 class LuacellError(Exception):
     """The root of everything luacell raises on its own account."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle by state: constructors here take facts and make the text of them."""
+        return _restored, (type(self), self.args), self.__dict__
+
+
+def _restored(cls: type[LuacellError], args: tuple[object, ...]) -> LuacellError:
+    return cls.__new__(cls, *args)
 
 
 class ProtocolError(LuacellError):
@@ -273,9 +282,10 @@ class ReentrantCall(CallError):
 
 
 class HostContractNotFound(CallError, ContractNotFound):
-    """No contract of this id is registered."""
+    """No contract of this id is registered; `contract_id` is 0 until whoever made the call sets it."""
 
     CODE = AbiErrorCode.HOST_CONTRACT_NOT_FOUND
+    contract_id = 0
 
 
 class HostContractVersionMismatch(CallError):
@@ -291,7 +301,14 @@ class HostContractCallFailed(CallError):
 
 
 class ContractLoadFailed(HostContractCallFailed, VmDispatchFailed):
-    """A registered contract no longer loads; its call was not begun."""
+    """A registered contract no longer loads; its call was not begun.
+
+    `contract_id`, `fn_id` and `reason` are empty until whoever made the call sets them.
+    """
+
+    contract_id = 0
+    fn_id = 0
+    reason = ""
 
 
 class DeadlineExceeded(CallError):

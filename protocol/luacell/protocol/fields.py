@@ -1,7 +1,7 @@
 """Field checks for control messages: each message declares its fields once, and both directions follow.
 
-A message is a frozen dataclass whose fields carry a check; `decode` refuses missing, extra and ill-typed fields and
-names them. It knows nothing of the messages themselves.
+A message is a frozen dataclass whose fields carry a check; `decode` refuses missing, extra and ill-typed
+fields and names them. It knows nothing of the messages themselves.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import MISSING, Field, field, fields
 from functools import cache
+from math import isfinite
 from typing import Any, ClassVar, Final, Protocol, TypeVar
 
 from luacell.protocol import codec
-from luacell.protocol.errors import ProtocolError
-from luacell.protocol.headers import PREAMBLE_SIZE, Op, head
+from luacell.protocol.errors import ProtocolError, TooLarge
+from luacell.protocol.headers import PREAMBLE_SIZE, Op, head, parse_preamble
+from luacell.protocol.limits import MESSAGE_MAX
 
 U32_MAX: Final = (1 << 32) - 1
 U64_MAX: Final = (1 << 64) - 1
+
+_SHOWN_MAX: Final = 60  # characters of a value in an error text
+_UNKNOWN_SHOWN_MAX: Final = 5
 
 Check = Callable[[Any], bool]
 
@@ -32,7 +37,10 @@ M = TypeVar("M", bound=Message)
 
 
 def _declared(check: Check, wanted: str, default: Any = MISSING) -> Any:
-    return field(default=default, metadata={"check": check, "wanted": wanted})
+    metadata = {"check": check, "wanted": wanted}
+    if type(default) is dict:
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def integer(low: int = 0, high: int = U32_MAX, default: Any = MISSING) -> Any:
@@ -50,8 +58,12 @@ def optional_integer(low: int, high: int, default: Any = MISSING) -> Any:
 
 
 def optional_number(default: Any = MISSING) -> Any:
-    """Declare a float field that may be None."""
-    return _declared(lambda value: value is None or type(value) in (int, float), "None or a number", default)
+    """Declare a finite float field that may be None."""
+    return _declared(
+        lambda value: value is None or (type(value) in (int, float) and isfinite(value)),
+        "None or a number",
+        default,
+    )
 
 
 def boolean(default: Any = MISSING) -> Any:
@@ -62,16 +74,23 @@ def boolean(default: Any = MISSING) -> Any:
 def text(length_max: int, default: Any = MISSING) -> Any:
     """Declare a str field of at most `length_max` characters."""
     return _declared(
-        lambda value: type(value) is str and len(value) <= length_max, f"text of at most {length_max} characters", default
+        lambda value: type(value) is str and len(value) <= length_max,
+        f"text of at most {length_max} characters",
+        default,
     )
+
+
+def choice(options: tuple[str, ...], default: Any = MISSING) -> Any:
+    """Declare a str field that is one of `options`."""
+    listed = ", ".join(f'"{option}"' for option in options)
+    return _declared(lambda value: type(value) is str and value in options, f"one of {listed}", default)
 
 
 def blob(size_min: int, size_max: int, default: Any = MISSING) -> Any:
     """Declare a bytes field of `size_min..size_max` bytes."""
+    sizes = f"{size_max}" if size_min == size_max else f"{size_min}..{size_max}"
     return _declared(
-        lambda value: type(value) is bytes and size_min <= len(value) <= size_max,
-        f"{size_min}..{size_max} bytes",
-        default,
+        lambda value: type(value) is bytes and size_min <= len(value) <= size_max, f"{sizes} bytes", default
     )
 
 
@@ -81,16 +100,16 @@ def contract_id(default: Any = MISSING) -> Any:
 
 
 def text_map(total_max: int, default: Any = MISSING) -> Any:
-    """Declare a map of str to str or bytes whose keys and values have at most `total_max` bytes together."""
+    """Declare a map of str to bytes: keys (in UTF-8) and values have at most `total_max` bytes together."""
 
     def check(value: Any) -> bool:
         return (
             type(value) is dict
-            and all(type(key) is str and type(item) in (str, bytes) for key, item in value.items())
-            and sum(len(key) + len(item) for key, item in value.items()) <= total_max
+            and all(type(key) is str and type(item) is bytes for key, item in value.items())
+            and sum(len(key.encode()) + len(item) for key, item in value.items()) <= total_max
         )
 
-    return _declared(check, f"a map of texts of at most {total_max} bytes together", default)
+    return _declared(check, f"a map of text to bytes, at most {total_max} bytes together", default)
 
 
 def plain_map(default: Any = MISSING) -> Any:
@@ -104,24 +123,44 @@ def _checks(message_class: type[Any]) -> dict[str, tuple[Check, str]]:
 
 
 def encode(message: Message) -> bytes:
-    """Encode a control message: preamble and one msgpack map of its fields."""
-    return head(message.OP) + codec.pack({name: getattr(message, name) for name in _checks(type(message))})
+    """Encode a control message: preamble and one msgpack map of its fields.
+
+    Raises:
+        TooLarge: no peer would take it; libzmq would drop the connection without a word.
+    """
+    data = head(message.OP) + codec.pack({name: getattr(message, name) for name in _checks(type(message))})
+    if len(data) > MESSAGE_MAX:
+        text = f"{message.OP.name} of {len(data)} bytes is over the limit of {MESSAGE_MAX}"
+        raise TooLarge(text, began="no", limit=f"{MESSAGE_MAX} bytes")
+    return data
 
 
 def decode(message_class: type[M], data: bytes) -> M:
-    """Decode and check a control message whose preamble was read already.
+    """Decode and check a control message.
+
+    Args:
+        message_class: of the message's operation.
+        data: the whole message.
 
     Raises:
-        ProtocolError: names the field that is missing, extra or wrong.
+        ProtocolError: names the field that is missing, extra or wrong, or the operation that came instead.
     """
     name = message_class.OP.name
+    op, count = parse_preamble(data)
+    if op is not message_class.OP:
+        raise ProtocolError(f"operation {op.name} in place of {name}")
+    if count != 1:
+        raise ProtocolError(f"{name} has count {count}; a control message has 1")
     values = codec.unpack(memoryview(data)[PREAMBLE_SIZE:])
     if type(values) is not dict:
         raise ProtocolError(f"{name} carries {type(values).__name__}, not a map")
     checks = _checks(message_class)
     if values.keys() != checks.keys():
-        missing, extra = sorted(checks.keys() - values.keys()), sorted(values.keys() - checks.keys())
-        raise ProtocolError(f"{name} has missing fields {missing} and unknown fields {extra}"[:300])
+        missing = [key for key in checks if key not in values]
+        unknown = [key for key in values if key not in checks]
+        shown = ", ".join(_shown(key) for key in unknown[:_UNKNOWN_SHOWN_MAX])
+        more = ", ..." if len(unknown) > _UNKNOWN_SHOWN_MAX else ""
+        raise ProtocolError(f"{name} has missing fields {missing} and unknown fields [{shown}{more}]")
     for key, (check, wanted) in checks.items():
         if not check(values[key]):
             raise ProtocolError(f"{name}.{key} is {_shown(values[key])}, not {wanted}")
@@ -129,5 +168,8 @@ def decode(message_class: type[M], data: bytes) -> M:
 
 
 def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+    """Write a value of any size or depth for an error text, without writing all of it first."""
+    if type(value) in (list, dict):
+        return f"a {type(value).__name__} of {len(value)} items"
+    shown = repr(value[:_SHOWN_MAX] if type(value) in (str, bytes) else value)
+    return shown if len(shown) <= _SHOWN_MAX else f"{shown[: _SHOWN_MAX - 3]}..."

@@ -1,7 +1,8 @@
 """The hot messages: fixed little-endian records, any number of them in one message.
 
-A message is one ZeroMQ frame: the preamble, then either `count` records of the operation's fixed size (this module)
-or one msgpack map (`luacell.protocol.messages`). Nothing here allocates more than the tuple that struct returns.
+A message is one ZeroMQ frame: the preamble, then either `count` records of the operation's fixed size (this
+module) or one msgpack map (`luacell.protocol.messages`). Nothing here allocates more than the tuple that
+struct returns.
 
     offset  0    2        3    4      6
             'LC' version  op   count  reserved (0)
@@ -105,7 +106,7 @@ class Execute(NamedTuple):
     """One call as the broker hands it to a worker (56 bytes).
 
     Attributes:
-        sequence: number of the call among those of this worker, from 1.
+        sequence: number of this hand-over, from 1; no two of a broker's life share one, for slots outlive workers.
         deadline_ns: CLOCK_MONOTONIC; a worker never begins a call that is past it.
         limit_us: microseconds the call may run before the worker must die, by its own timer if need be.
     """
@@ -193,8 +194,10 @@ def parse_preamble(message: bytes) -> tuple[Op, int]:
         raise ProtocolError(f"protocol version {version} is outside {VERSION_MIN}..{VERSION}")
     if op not in _HEAD:
         raise ProtocolError(f"unknown operation {op}")
-    if reserved or not 1 <= count <= CALLS_PER_MESSAGE_MAX:
-        raise ProtocolError(f"record count {count} is outside 1..{CALLS_PER_MESSAGE_MAX}, or reserved is not 0")
+    if not 1 <= count <= CALLS_PER_MESSAGE_MAX:
+        raise ProtocolError(f"record count {count} is outside 1..{CALLS_PER_MESSAGE_MAX}")
+    if reserved:
+        raise ProtocolError(f"reserved bytes of the preamble hold {reserved}, not 0")
     return Op(op), count
 
 
@@ -202,7 +205,8 @@ def parse_records(op: Op, count: int, message: bytes) -> Iterator[tuple[int, ...
     """Read the records of a hot message.
 
     Args:
-        op, count: as `parse_preamble` returned them.
+        op: as `parse_preamble` returned it.
+        count: as `parse_preamble` returned it.
         message: the whole message.
 
     Returns:

@@ -1,8 +1,8 @@
 """Contract identity: names, versions and the 64-bit ids made of them.
 
-An id is FNV-1a 64 over `host_contract:<name>@<major>` (or `guest_contract:…`), as polyplug computes it, so both
-sides agree on ids without talking. Ids travel as eight raw bytes or sixteen hex digits, never as a JSON number or a
-Lua number: a double holds only 53 bits.
+An id is FNV-1a 64 over `host_contract:<name>@<major>` (or `guest_contract:…`), as polyplug computes it, so
+both sides agree on ids without talking. Ids travel as eight raw bytes or sixteen hex digits, never as a JSON
+number or a Lua number: a double holds only 53 bits.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Version:
         """Check the ranges.
 
         Raises:
+            TypeError: a part is no integer.
             ValueError: a part is negative or too large for polyplug's packed form.
         """
         bounds = (
@@ -60,6 +61,8 @@ class Version:
             ("patch", self.patch, VERSION_MINOR_MAX),
         )
         for part, value, limit in bounds:
+            if type(value) is not int:  # True and 1.0 equal 1, but hash to another id
+                raise TypeError(f"version {part} {value!r} is no int")
             if not 0 <= value <= limit:
                 raise ValueError(f"version {part} {value} is outside 0..{limit}")
 
@@ -102,6 +105,7 @@ class HostContractId:
         major: the major version, 0 to 2**32 - 1.
 
     Raises:
+        TypeError: `major` is no int.
         ValueError: the name or the version is malformed.
     """
 
@@ -161,9 +165,11 @@ class ContractRef:
         """Read a u64 id, `"host.name@1"`, `"host.name@1.2.0"` or a HostContractId.
 
         Raises:
-            TypeError: `contract` is of another type.
+            TypeError: `contract` is of another type, or names a guest contract.
             ValueError: the id is out of range, or the text is malformed.
         """
+        if isinstance(contract, GuestContractId):
+            raise TypeError(f"guest contract {contract} is offered by a plugin; only host contracts can be called here")
         if isinstance(contract, HostContractId):
             return cls(int(contract), contract.name, Version(contract.major))
         if isinstance(contract, str):

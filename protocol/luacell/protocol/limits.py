@@ -15,20 +15,20 @@ NS_PER_MS: Final = 1_000_000
 NS_PER_S: Final = 1_000_000_000
 US_PER_S: Final = 1_000_000
 
-# -- calls ------------------------------------------------------------------------------------------------------------
+# -- calls ---------------------------------------------------------------------------------------------------
 DEADLINE_DEFAULT_US: Final = 5 * US_PER_S
-DEADLINE_MAX_US: Final = 60 * US_PER_S  # a host that needs longer should poll; 60 s fits u32 microseconds 71 times
-ANSWER_GRACE_NS: Final = 250 * NS_PER_MS  # promise 1: the answer is there this long after the deadline at the latest
+DEADLINE_MAX_US: Final = 60 * US_PER_S  # who needs longer should poll; fits u32 microseconds 71 times
+ANSWER_GRACE_NS: Final = 250 * NS_PER_MS  # promise 1: the answer comes this long after the deadline at most
 ERROR_TEXT_MAX: Final = 4 * KIB  # bytes; a 64 MB message costs a second to copy and nobody reads it
 
-# -- payloads ---------------------------------------------------------------------------------------------------------
+# -- payloads ------------------------------------------------------------------------------------------------
 PAYLOAD_MAX: Final = 64 * MIB  # bytes of args, and of out, of one call
-HOST_MEMORY_MAX: Final = 1024 * MIB  # bytes of segments per host: four calls of two 64 MiB payloads, twice over
+HOST_MEMORY_MAX: Final = 1024 * MIB  # bytes of segments per host: seven pairs of one 64 MiB slot (72 + 72)
 TOTAL_MEMORY_MAX: Final = 4096 * MIB  # bytes of segments in all: four hosts at their limit
 SEGMENTS_PER_ARENA_MAX: Final = 64  # pairs; a slot number keeps the pair in its high 16 bits
 SLOTS_PER_SEGMENT_MAX: Final = 128
 
-# -- hosts and contracts ----------------------------------------------------------------------------------------------
+# -- hosts and contracts -------------------------------------------------------------------------------------
 CALLS_IN_FLIGHT_MAX: Final = 1024  # per host; its slots of 12 KiB are 12 MiB
 QUEUE_MAX: Final = 1024  # calls that wait for one contract, over all hosts
 SESSIONS_MAX: Final = 4096  # hosts; each costs two descriptors
@@ -45,7 +45,7 @@ MEMORY_DEFAULT: Final = 64 * MIB  # bytes a contract's Lua heap may use
 MEMORY_MIN: Final = 1 * MIB
 MEMORY_MAX: Final = 2048 * MIB
 
-# -- messages ---------------------------------------------------------------------------------------------------------
+# -- messages ------------------------------------------------------------------------------------------------
 CALLS_PER_MESSAGE_MAX: Final = 1024
 SOURCE_MAX: Final = 4 * MIB  # bytes of all Lua sources of one contract
 MESSAGE_MAX: Final = SOURCE_MAX + 256 * KIB  # the largest message is a registration

@@ -1,7 +1,8 @@
 """The control messages: everything that is not a call or its answer.
 
-Each class states who sends it and what it means; field bounds stand with the fields. Ids of contracts are eight raw
-bytes, little-endian. Messages marked "descriptor channel" travel over the SEQPACKET socket, the others over ZeroMQ.
+Each class states who sends it and what it means; field bounds stand with the fields. Ids of contracts are
+eight raw bytes, little-endian. Messages marked "descriptor channel" travel over the SEQPACKET socket, the
+others over ZeroMQ.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from luacell.protocol.fields import (
     Message,
     blob,
     boolean,
+    choice,
     contract_id,
     decode,
     encode,
@@ -208,7 +210,7 @@ class Reply:
     kind: str = text(64, "")
     code: int = integer(0, U32_MAX, int(AbiErrorCode.OK))
     reason: str = text(REASON_MAX, "")
-    body: Mapping[str, Any] = plain_map(None)
+    body: Mapping[str, Any] = plain_map({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +260,8 @@ class Bye:
 
 
 SLOT_FATES: Final = ("free", "kept", "unused")
+BEGAN: Final = ("no", "yes", "unknown")
+LOAD_PROBLEMS: Final = ("", "type", "load")
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,8 +280,8 @@ class Failure:
     code: int = integer()
     message: str = text(REASON_MAX)
     kind: str = text(64, "")
-    slot: str = text(8, "free")
-    began: str = text(8, "no")
+    slot: str = choice(SLOT_FATES, "free")
+    began: str = choice(BEGAN, "no")
     signal: int | None = optional_integer(0, 255, None)
     exit_code: int | None = optional_integer(0, 255, None)
     limit: str = text(200, "")
@@ -337,7 +341,7 @@ class Loaded:
     """
 
     OP: ClassVar[Op] = Op.LOADED
-    problem: str = text(16)
+    problem: str = choice(LOAD_PROBLEMS)
     reason: str = text(REASON_MAX)
 
 

@@ -6,9 +6,10 @@
     128  payload: arguments                           16  code, out_size, error_size, flags   4 x u32
                                                      128  payload: results, or the error's text
 
-Each 64-byte line has one writer. Payloads start at page offset 128 in both segments: copies between buffers that
-differ by a few bytes modulo the page size run many times slower. `begun` and `done` hold the sequence number of the
-call that the worker last began and last finished there, so that after its death they tell what happened.
+Each 64-byte line has one writer. Payloads start at page offset 128 in both segments: copies between buffers
+that differ by a few bytes modulo the page size run many times slower. `begun` and `done` hold the sequence
+number of the call that a worker last began and last finished there, so that after its death they tell what
+happened. Nobody clears these words, and a slot sees many workers: sequence numbers are never reused.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SLOT_SHIFT: Final = 16  # a slot's number is pair index << SLOT_SHIFT | position
 
 assert OUT_STRIDE_MIN - PAYLOAD_OFFSET >= ERROR_TEXT_MAX
 
-_WORD: Final = Struct("<Q")
+WORD: Final = Struct("<Q")
 _ANSWER: Final = Struct("<QQIIII")
 
 
@@ -46,8 +47,8 @@ class Answer(NamedTuple):
 def stride_for(payload_size: int, stride_min: int) -> int:
     """Return the bytes from one slot to the next for payloads of up to `payload_size` bytes.
 
-    Sizes are rounded up to eight steps per power of two, so that slots are found again by later calls of about the
-    same size, at a waste of an eighth at most.
+    Sizes are rounded up to eight steps per power of two, so that slots are found again by later calls of
+    about the same size, at a waste of an eighth at most.
     """
     wanted = max(payload_size + PAYLOAD_OFFSET, stride_min)
     step = max(PAGE, (1 << (wanted - 1).bit_length()) >> 4)
@@ -96,12 +97,12 @@ class SlotShape:
 
 def write_generation(args: memoryview, offset: int, generation: int) -> None:
     """Host: stamp the slot at `offset` with the generation of its next call."""
-    _WORD.pack_into(args, offset, generation)
+    WORD.pack_into(args, offset, generation)
 
 
 def write_withdrawn(args: memoryview, offset: int, sequence: int) -> None:
     """Broker: tell the worker that it must not begin call `sequence`."""
-    _WORD.pack_into(args, offset + WITHDRAWN_OFFSET, sequence)
+    WORD.pack_into(args, offset + WITHDRAWN_OFFSET, sequence)
 
 
 def read_answer(out: memoryview, offset: int) -> Answer:

@@ -22,7 +22,6 @@ from luacell.protocol import headers, messages
 from luacell.protocol.errors import ProtocolError
 from luacell.protocol.headers import Op
 from luacell.protocol.memory.channel import (
-    ChannelClosed,
     close_all,
     connect_channel,
     receive_message,

@@ -12,12 +12,12 @@ import resource
 import signal
 import socket
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import zmq
 
 from luacell.protocol import headers, messages
-from luacell.protocol.errors import ProtocolError
+from luacell.protocol.errors import AbiErrorCode, ProtocolError
 from luacell.protocol.headers import Op
 from luacell.protocol.limits import CALLS_PER_MESSAGE_MAX, LOAD_LIMIT_NS, MESSAGE_MAX, NS_PER_S
 from luacell.protocol.memory.channel import ChannelClosed, close_all, receive_message
@@ -32,7 +32,22 @@ MAP_LIMIT_S: Final = 5.0  # a pair named by a call is on its way already
 IDLE_BEFORE_DISARM_MS: Final = 500
 EXIT_BROKEN: Final = 70  # the worker itself cannot go on (EX_SOFTWARE)
 
-_OUT_OF_MEMORY: Final = 258
+
+def _libzmq_path() -> str:
+    """Return the path of the libzmq that pyzmq has loaded, so that Lua can load the very same.
+
+    Raises:
+        ImportError: pyzmq was built with libzmq inside, where nobody else can reach it.
+    """
+    with Path("/proc/self/maps").open() as maps:
+        for line in maps:
+            path = line.rstrip("\n").partition("/")[2]
+            if Path(path).name.startswith("libzmq"):
+                return f"/{path}"
+    raise ImportError("this pyzmq has no libzmq of its own that Lua could share; install pyzmq's binary wheel")
+
+
+LIBZMQ: Final = _libzmq_path()
 
 
 class WorkerProcess:
@@ -49,9 +64,11 @@ class WorkerProcess:
         self._channel.settimeout(MAP_LIMIT_S)
         self._pairs: dict[tuple[int, int], tuple[Mapping, Mapping]] = {}
         self._records = ctypes.create_string_buffer(CALLS_PER_MESSAGE_MAX * headers.EXECUTE.size)
-        self._answers = ctypes.create_string_buffer(CALLS_PER_MESSAGE_MAX * headers.DONE.size)
-        self._answers_view = memoryview(self._answers).cast("B")
-        self._vm = Vm(ctypes.addressof(self._records), ctypes.addressof(self._answers))
+        self._reply = ctypes.create_string_buffer(headers.PREAMBLE_SIZE + CALLS_PER_MESSAGE_MAX * headers.DONE.size)
+        self._records_view = memoryview(self._records).cast("B")
+        self._reply_view = memoryview(self._reply).cast("B")
+        answers_address = ctypes.addressof(self._reply) + headers.PREAMBLE_SIZE
+        self._vm = Vm(ctypes.addressof(self._records), answers_address)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._connect(broker_socket, routing_id)
 
@@ -69,50 +86,68 @@ class WorkerProcess:
 
     def run(self) -> NoReturn:
         """Serve until killed."""
+        loop = self._make_loop()
         self._socket.send(encode(messages.Ready(pid=os.getpid())))
         while True:
-            message = self._receive()
-            op, count = headers.parse_preamble(message)
-            if op is Op.EXECUTE:
-                self._execute(count, message)
-            elif op is Op.LOAD:
-                self._load(decode(messages.Load, message))
-            elif op is Op.UNMAP:
-                self._unmap(decode(messages.Unmap, message))
-            else:
-                raise ProtocolError(f"operation {op.name} is not for workers")
+            try:
+                found = loop.serve()
+                if found is None:
+                    self._receive_map()
+                    continue
+                address, size = found
+                message = ctypes.string_at(int(address), int(size))
+                loop.done_with()
+                self._handle(message)
+            except OutOfLuaMemory:
+                self._answer_out_of_memory(0)
+                self._socket.send(self._reply_view[: headers.PREAMBLE_SIZE + headers.DONE.size])
 
-    def _receive(self) -> bytes:
-        """Wait for the next message; a timer that guards calls must not fire while there are none."""
-        if not self._vm.is_armed():
-            return self._socket.recv()
-        self._socket.setsockopt(zmq.RCVTIMEO, IDLE_BEFORE_DISARM_MS)
-        try:
-            return self._socket.recv()
-        except zmq.Again:
-            self._vm.disarm()
-            self._socket.setsockopt(zmq.RCVTIMEO, -1)
-            return self._socket.recv()
+    def _make_loop(self) -> Any:
+        """Return the loop that runs inside LuaJIT; its buffers are ours."""
+        self._reply_view[: headers.PREAMBLE_SIZE] = headers.head(Op.DONE)
+        return self._vm.make_loop(
+            LIBZMQ,
+            self._socket.underlying,
+            headers.head(Op.EXECUTE),
+            ctypes.addressof(self._records),
+            ctypes.addressof(self._reply),
+            headers.PREAMBLE_SIZE + headers.EXECUTE.size,
+            headers.PREAMBLE_SIZE + headers.DONE.size,
+            IDLE_BEFORE_DISARM_MS,
+        )
+
+    def _handle(self, message: bytes) -> None:
+        """Act on a message that is not a single call."""
+        op, count = headers.parse_preamble(message)
+        if op is Op.EXECUTE:
+            self._execute(count, message)
+        elif op is Op.LOAD:
+            self._load(decode(messages.Load, message))
+        elif op is Op.UNMAP:
+            self._unmap(decode(messages.Unmap, message))
+        else:
+            raise ProtocolError(f"operation {op.name} is not for workers")
 
     def _execute(self, count: int, message: bytes) -> None:
+        """Run the calls of one message in order and answer them together."""
         size = len(message) - headers.PREAMBLE_SIZE
         if size != count * headers.EXECUTE.size:
             raise ProtocolError(f"EXECUTE of {count} records has {size} bytes of them")
-        ctypes.memmove(self._records, message[headers.PREAMBLE_SIZE :], size)
+        self._records_view[:size] = message[headers.PREAMBLE_SIZE :]
         for index in range(count):
-            self._execute_record(index)
-        answers = bytes(self._answers_view[: count * headers.DONE.size])
+            try:
+                while not self._vm.execute(index):
+                    self._receive_map()
+            except OutOfLuaMemory:
+                self._answer_out_of_memory(index)
+        answers = self._reply_view[headers.PREAMBLE_SIZE : headers.PREAMBLE_SIZE + count * headers.DONE.size]
         self._socket.send(headers.head(Op.DONE, count) + answers)
 
-    def _execute_record(self, index: int) -> None:
-        try:
-            while not self._vm.execute(index):
-                self._receive_map()
-        except OutOfLuaMemory:  # outside the guard: the answer has no text, and the VM must not be used again
-            offset = index * headers.EXECUTE.size
-            sequence = headers.EXECUTE.unpack_from(self._records, offset)[0]
-            done = (sequence, _OUT_OF_MEMORY, 0, 0, headers.RETIRE)
-            headers.DONE.pack_into(self._answers, index * headers.DONE.size, *done)
+    def _answer_out_of_memory(self, index: int) -> None:
+        """Memory ran out outside the guard: the answer has no text, and the VM must not be used again."""
+        sequence = headers.EXECUTE.unpack_from(self._records, index * headers.EXECUTE.size)[0]
+        done = (sequence, int(AbiErrorCode.OUT_OF_MEMORY), 0, 0, headers.RETIRE)
+        headers.DONE.pack_into(self._reply, headers.PREAMBLE_SIZE + index * headers.DONE.size, *done)
 
     def _load(self, load: messages.Load) -> None:
         self._vm.arm_for(LOAD_LIMIT_NS // NS_PER_S)

@@ -17,7 +17,8 @@ sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
 from lupa import luajit21 as lupa  # noqa: E402
 
 _PRELUDE: Final = {
-    name: files("luacell.worker").joinpath("lua", name).read_bytes() for name in ("execute.lua", "load.lua")
+    name: files("luacell.worker").joinpath("lua", name).read_bytes()
+    for name in ("execute.lua", "load.lua", "serve.lua")
 }
 _ENCODING: Final = "latin-1"  # every byte string survives the way through lupa
 
@@ -46,9 +47,12 @@ class Vm:
         self.execute: Any = self._runtime.execute
         self.arm_for: Any = self._runtime.arm_for
         self.disarm: Any = self._runtime.disarm
-        self.is_armed: Any = self._runtime.is_armed
         self.add_pair: Any = self._runtime.add_pair
         self.remove_pair: Any = self._runtime.remove_pair
+
+    def make_loop(self, *arguments: object) -> Any:
+        """Return the loop of serve.lua: a table with `serve` and `done_with`; see there for the arguments."""
+        return self._chunk("serve.lua", self._runtime, *arguments)
 
     def load(self, source: bytes, chunk_name: str, modules: Mapping[str, bytes], memory: int) -> tuple[str, str]:
         """Load the contract.

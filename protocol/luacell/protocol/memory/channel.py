@@ -1,12 +1,13 @@
 """The descriptor channel: SEQPACKET Unix sockets that carry small messages with file descriptors.
 
-ZeroMQ cannot pass descriptors; these sockets stand beside it. A message is the same as over ZeroMQ (preamble and
-map). This module moves bytes and descriptors; it does not know what messages mean.
+ZeroMQ cannot pass descriptors; these sockets stand beside it. A message is the same as over ZeroMQ (preamble
+and map). This module moves bytes and descriptors; it does not know what messages mean.
 """
 
 from __future__ import annotations
 
 import array
+import errno
 import os
 import socket
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ def connect_channel(path: Path, timeout_s: float) -> socket.socket:
     try:
         channel.settimeout(timeout_s)
         channel.connect(os.fspath(path))
-    except OSError:
+    except BaseException:
         channel.close()
         raise
     return channel
@@ -54,6 +55,8 @@ def send_message(channel: socket.socket, message: bytes, descriptors: Sequence[i
     Raises:
         ChannelClosed: the peer is gone.
         BlockingIOError: the peer does not read (non-blocking sockets).
+        TimeoutError: the peer did not read in time (sockets with a timeout).
+        OSError: a descriptor is bad, or too many are under way.
     """
     assert len(message) <= DESCRIPTOR_MESSAGE_MAX, len(message)
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
@@ -68,7 +71,8 @@ def receive_message(channel: socket.socket) -> Received:
 
     Raises:
         ChannelClosed: the peer is gone.
-        ProtocolError: too long, or with more descriptors than any message has; those received are closed.
+        ProtocolError: too long, or with more descriptors than any message has or this process may open; those
+            received are closed.
         BlockingIOError: nothing there (non-blocking sockets).
         TimeoutError: nothing came in time (sockets with a timeout).
     """
@@ -85,7 +89,8 @@ def receive_message(channel: socket.socket) -> Received:
         raise ChannelClosed("end of file")
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         close_all(list(descriptors))
-        raise ProtocolError(f"descriptor message is over {DESCRIPTOR_MESSAGE_MAX} bytes or {DESCRIPTORS_MAX} descriptors")
+        bounds = f"{DESCRIPTOR_MESSAGE_MAX} bytes or {DESCRIPTORS_MAX} descriptors"
+        raise ProtocolError(f"descriptor message is over {bounds}, or this process has no descriptors left")
     return message, list(descriptors)
 
 
@@ -96,15 +101,20 @@ def close_all(descriptors: Sequence[int]) -> None:
 
 
 def peer_pidfd(channel: socket.socket) -> int:
-    """Return a pidfd of the process at the other end, owned by the caller.
+    """Return a pidfd of the process at the other end, close-on-exec and owned by the caller.
+
+    Only a kernel that lacks SO_PEERPIDFD is asked by pid: where it says that the peer is gone, its pid may be
+    another's.
 
     Raises:
         OSError: ESRCH when it is gone; other errors when the kernel can tell nothing of it.
     """
     try:
         return channel.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-    except OSError:
-        return os.pidfd_open(peer_pid(channel))
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise
+    return os.pidfd_open(peer_pid(channel))
 
 
 def peer_pid(channel: socket.socket) -> int:

@@ -1,8 +1,8 @@
 """Sealed memfds and their mappings.
 
-A segment is one memfd of fixed size: sealed against shrinking and growing, so that nobody who holds it can make
-another's access a SIGBUS, with its pages allocated up front, so that lack of memory is an error here and not a signal
-later. It does not know what is stored in it.
+A segment is one memfd of fixed size: sealed against shrinking and growing, so that nobody who holds it can
+make another's access a SIGBUS, with its pages allocated up front, so that lack of memory is an error here and
+not a signal later. It does not know what is stored in it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *(3 * [ctypes.c_int]), ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
@@ -56,7 +56,7 @@ def create_segment(name: str, size: int, seals: int) -> int:
     try:
         os.posix_fallocate(fd, 0, size)
         add_seals(fd, seals)
-    except OSError:
+    except BaseException:
         os.close(fd)
         raise
     return fd
@@ -110,7 +110,7 @@ class Mapping:
 
     def close(self) -> None:
         """Unmap; the view must not be used afterwards. Idempotent."""
-        if self.address:
+        address, self.address = self.address, 0
+        if address:
             self.view = memoryview(b"")
-            _libc.munmap(self.address, self.size)
-            self.address = 0
+            _libc.munmap(address, self.size)

@@ -89,10 +89,6 @@ local function disarm()
   set_timer(0)
 end
 
-local function is_armed()
-  return timer_ns ~= 0
-end
-
 local function cut(text, length)
   if #text <= length then return text end
   return sub(text, 1, length - 14) .. " … (truncated)"
@@ -112,6 +108,7 @@ local failure = {} -- what luacell.fail raises; its code and text are kept outsi
 local function handler(value)
   handled = true
   if rawequal(value, failure) then return chosen_text end
+  chosen_code = nil -- an earlier luacell.fail was caught by the contract
   local text = "Lua exception: " .. cut(described(value), MESSAGE_MAX)
   return cut(traceback(text, 2), ERROR_TEXT_MAX)
 end
@@ -226,7 +223,6 @@ return {
   execute = execute,
   arm_for = arm_for,
   disarm = disarm,
-  is_armed = is_armed,
   described = described,
   cut = cut,
   api = { fail = fail, deadline = deadline },

@@ -26,7 +26,7 @@ package.loaded.luacell = luacell
 -- Let `require` find the directory's own modules before any of the system's.
 local function offer_modules(sources)
   table_insert(package.loaders, 2, function(name)
-    local source = sources[name]
+    local source = sources[name] or sources[name .. ".init"]
     if source == nil then return "\n\tno module '" .. name .. "' in the contract's directory" end
     local chunk, problem = load(source, "@" .. gsub(name, "%.", "/") .. ".lua", "t")
     if not chunk then error(problem, 0) end

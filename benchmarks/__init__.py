@@ -1,0 +1,1 @@
+"""Benchmarks: what luacell costs beside the floors it stands on, measured in the same run."""

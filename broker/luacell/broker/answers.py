@@ -1,0 +1,135 @@
+"""What hosts are told of calls that get no result: refusals of calls that are not accepted, and failures.
+
+Codes, texts and numbers; whether and when a call is answered is the dispatcher's. Every text names the thing,
+its value and the limit.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from luacell.broker.books import Refusal
+from luacell.broker.causes import SIGKILL, Cause
+from luacell.broker.model import Call, Contract, SendFailure, Session
+from luacell.protocol import headers
+from luacell.protocol.errors import AbiErrorCode, Began
+from luacell.protocol.identity import format_id
+from luacell.protocol.limits import CALLS_IN_FLIGHT_MAX, DEADLINE_MAX_US, NS_PER_S
+
+FLAGS: Final = headers.HAS_ARGS | headers.HAS_OUT
+
+
+# -- calls that are not accepted ---------------------------------------------------------------------------
+def refused(session: Session, header: headers.Call, refusal: Refusal) -> SendFailure:
+    """Say that a call is not accepted; its slot was never used."""
+    code, message, limit = refusal
+    return SendFailure(session.id, header.call_id, code, message, slot="unused", limit=limit)
+
+
+def unknown_contract(header: headers.Call) -> Refusal:
+    """No such contract is served, or not to this host."""
+    text = f"host contract not found: contract_id={format_id(header.contract_id)}"
+    return Refusal(AbiErrorCode.HOST_CONTRACT_NOT_FOUND, text)
+
+
+def malformed(session: Session, header: headers.Call) -> Refusal | None:
+    """Return what is wrong with a call's own numbers, or None."""
+    bad = AbiErrorCode.BAD_REQUEST
+    if header.call_id in session.calls or header.call_id == 0:
+        return Refusal(bad, f"call id {header.call_id} is 0 or in flight")
+    if header.budget_us > DEADLINE_MAX_US:
+        return Refusal(bad, f"budget {header.budget_us} us is over {DEADLINE_MAX_US} us")
+    if not are_flags_right(header):
+        text = f"flags {header.flags:#x} are outside {FLAGS:#x}, or a size is given for an absent buffer"
+        return Refusal(bad, text)
+    return None
+
+
+def are_flags_right(header: headers.Call) -> bool:
+    """Whether the flags are known, and sizes are given only for buffers that are there."""
+    flags = header.flags
+    return not (
+        flags & ~FLAGS
+        or (header.args_size and not flags & headers.HAS_ARGS)
+        or (header.out_size and not flags & headers.HAS_OUT)
+    )
+
+
+def over_bound(session: Session, contract: Contract) -> Refusal | None:
+    """Return which bound one more call would exceed, or None."""
+    busy = AbiErrorCode.BUSY
+    if len(session.calls) >= CALLS_IN_FLIGHT_MAX:
+        limit = f"calls in flight per host: {CALLS_IN_FLIGHT_MAX}"
+        return Refusal(busy, f"the bound on {limit} is reached; retry when one has ended", limit)
+    if contract.queue.is_full:
+        limit = f"calls queued for a contract: {len(contract.queue)}"
+        title = contract.record.title
+        return Refusal(busy, f"{title}: the bound on {limit} is reached; retry later", limit)
+    return None
+
+
+# -- calls that got no result ------------------------------------------------------------------------------
+def load_failure(session_id: bytes, header: headers.Call, contract: Contract, slot: str) -> SendFailure:
+    """Say that a registered contract no longer loads; the call was not begun."""
+    ids = f"contract_id={format_id(contract.record.id)} fn_id={header.fn_id}"
+    text = f"VM dispatch failed for {ids}: {contract.failure}"
+    code = AbiErrorCode.HOST_CONTRACT_CALL_FAILED
+    return SendFailure(session_id, header.call_id, code, text, kind="ContractLoadFailed", slot=slot)
+
+
+def unregistered(call: Call) -> SendFailure:
+    """Say that a queued call's contract is gone."""
+    contract_id = format_id(call.header.contract_id)
+    text = f"host contract not found: contract_id={contract_id} (unregistered meanwhile)"
+    return SendFailure(call.session.id, call.header.call_id, AbiErrorCode.HOST_CONTRACT_NOT_FOUND, text)
+
+
+def cancelled(call: Call, began: Began, now_ns: int, *, slot: str = "free") -> SendFailure:
+    """Say that a call was ended by its caller."""
+    text = f"{call.title}: cancelled by its caller"
+    return _failure(call, AbiErrorCode.CANCELLED, text, began, now_ns, slot=slot)
+
+
+def deadline_exceeded(
+    call: Call, began: Began, now_ns: int, *, limit: str = "", slot: str = "free"
+) -> SendFailure:
+    """Say that a call was not finished in time: by its deadline, or by the limit that is named."""
+    bound = limit or f"deadline {(call.deadline_ns - call.arrived_ns) / NS_PER_S:g} s"
+    where = "it was not begun" if began == "no" else "it was running"
+    text = f"{call.title}: not finished within its {bound}; {where}"
+    return _failure(call, AbiErrorCode.DEADLINE_EXCEEDED, text, began, now_ns, slot=slot, limit=bound)
+
+
+def crashed(call: Call, cause: Cause, verdict: str, began: Began, now_ns: int) -> SendFailure:
+    """Say that the worker which held a call died; `verdict` is why this broker killed it, or ""."""
+    where = "while running the call" if began == "yes" else "before it began the call, twice"
+    why = f" (killed: {verdict})" if verdict and cause.signal == SIGKILL else ""
+    text = f"{call.title}: the worker died with {cause} {where}{why}"
+    return _failure(call, AbiErrorCode.WORKER_CRASHED, text, began, now_ns, cause=cause)
+
+
+def _failure(
+    call: Call,
+    code: AbiErrorCode,
+    text: str,
+    began: Began,
+    now_ns: int,
+    *,
+    slot: str = "free",
+    cause: Cause | None = None,
+    limit: str = "",
+) -> SendFailure:
+    sent_ns = call.sent_ns or now_ns
+    return SendFailure(
+        call.session.id,
+        call.header.call_id,
+        code,
+        text,
+        slot=slot,
+        began=began,
+        signal=cause.signal if cause else None,
+        exit_code=cause.exit_code if cause else None,
+        limit=limit,
+        queued=(sent_ns - call.arrived_ns) / NS_PER_S,
+        ran=(now_ns - sent_ns) / NS_PER_S,
+    )

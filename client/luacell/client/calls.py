@@ -1,0 +1,154 @@
+"""The path of a call on the host's side: slot, message, answer, value or exception, and the slot's way back.
+
+This is the client's hot path. It takes checked arguments; names, timeouts and the state of the bridge are the
+bridge's. A slot whose call nobody waits for any more stays out of use until the broker says that it is free.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from itertools import count
+from struct import Struct
+from typing import Final
+
+from luacell.client.arena import Slot
+from luacell.client.memory import HostMemory
+from luacell.client.replies import raise_for, raise_from_slot
+from luacell.client.session import Answer, Pending, Session
+from luacell.protocol import headers, messages
+from luacell.protocol.errors import Unavailable
+from luacell.protocol.headers import HAS_ARGS, HAS_OUT, SLOT_FREE, Op
+from luacell.protocol.limits import ANSWER_GRACE_NS, NS_PER_S, US_PER_S
+
+_GRACE_S: Final = ANSWER_GRACE_NS / NS_PER_S
+_MESSAGE: Final = Struct(f"<{headers.PREAMBLE_SIZE}s" + headers.CALL.format.removeprefix("<"))
+_HEAD: Final = headers.head(Op.CALL)
+_CODE, _OUT_SIZE, _FLAGS = (headers.Result._fields.index(name) for name in ("code", "out_size", "flags"))
+
+
+class Calls:
+    """Makes the calls of one session."""
+
+    def __init__(self, session: Session) -> None:
+        self.memory = HostMemory(session)
+        self._session = session
+        self._resting: dict[int, Slot] = {}  # by call id: slots of calls that were answered or given up too early
+        self._ids = count(1)
+        session.on_stray = self._on_stray
+
+    def call(
+        self,
+        contract_id: int,
+        fn_id: int,
+        args: bytes | memoryview | None,
+        out: memoryview | None,
+        out_size: int,
+        timeout_us: int,
+    ) -> bytes:
+        """Make a call and wait for its answer.
+
+        Args:
+            contract_id: u64.
+            fn_id: u32.
+            args: at most PAYLOAD_MAX bytes, or None (NULL).
+            out: where the result goes, or None to have it returned.
+            out_size: bytes the function may write, at most PAYLOAD_MAX; 0 without `out` is NULL.
+            timeout_us: microseconds; 0 is the contract's deadline, and the smaller of both holds.
+
+        Raises:
+            CallError: there is no value.
+        """
+        args_size = 0 if args is None else len(args)
+        session, memory = self._session, self.memory
+        with session.lock:
+            home = memory.arenas.get(contract_id)
+            slot = home.take(args_size, out_size) if home is not None else None
+        if slot is None:
+            slot = memory.take_new(contract_id, args_size, out_size)
+        budget_us = slot.home.deadline_us
+        if 0 < timeout_us < budget_us:
+            budget_us = timeout_us
+        pending = Pending()
+        call_id = pending.call_id = next(self._ids)
+        try:
+            slot.put_args(args)
+            flags = (0 if args is None else HAS_ARGS) | (0 if out is None and not out_size else HAS_OUT)
+            arena, number, generation = slot.arena, slot.number, slot.generation
+            message = _MESSAGE.pack(
+                _HEAD, call_id, contract_id, fn_id, budget_us, arena, number, generation, flags, args_size, out_size
+            )
+            session.call(pending, message, budget_us / US_PER_S + _GRACE_S)
+        except BaseException:
+            self._give_up(pending, slot)
+            raise
+        answer = pending.answer
+        if type(answer) is tuple and answer[_CODE] == 0 and answer[_FLAGS] == SLOT_FREE and out is None:
+            result = slot.read(answer[_OUT_SIZE])
+            slot.give_back(used=True)
+            if slot.home.is_retired:
+                self._drain(slot)
+            return result
+        return self._conclude(slot, call_id, contract_id, fn_id, answer, out)
+
+    def _conclude(
+        self, slot: Slot, call_id: int, contract_id: int, fn_id: int, answer: object, out: memoryview | None
+    ) -> bytes:
+        """Turn an answer into a value or an exception, and give the slot back where it is free."""
+        try:
+            if isinstance(answer, messages.Failure):
+                raise_for(answer, contract_id, fn_id)
+            assert isinstance(answer, tuple)
+            _, code, out_size, error_size, _ = answer
+            if code != 0:
+                raise_from_slot(code, slot.read(error_size))
+            if out is None:
+                return slot.read(out_size)
+            slot.copy_out(out)
+            return b""
+        finally:
+            with self._session.lock:
+                self._settle(slot, call_id, answer)
+
+    def _settle(self, slot: Slot, call_id: int, answer: object) -> None:
+        """Give the slot back, or keep it until RELEASED. Under the lock."""
+        if isinstance(answer, messages.Failure):
+            kept, used = answer.slot == "kept", answer.slot != "unused"
+        else:
+            kept, used = isinstance(answer, tuple) and not answer[_FLAGS] & SLOT_FREE, True
+        if kept and self._session.is_open:
+            self._resting[call_id] = slot
+        else:
+            slot.give_back(used=used)
+            if slot.home.drained:
+                self.memory.give_back_drained(slot.home)
+
+    def _drain(self, slot: Slot) -> None:
+        """The contract is gone: give back the memory of its last calls."""
+        with self._session.lock, suppress(Unavailable):
+            self.memory.give_back_drained(slot.home)
+
+    def _give_up(self, pending: Pending, slot: Slot) -> None:
+        """Nobody waits any more: cancel the call; its slot rests until nobody can touch it."""
+        with self._session.lock:
+            if not pending.is_sent:
+                slot.give_back(used=False)
+                return
+            self._session.leave(pending)
+            if pending.answer is not None or not self._session.is_open:
+                self._settle(slot, pending.call_id, pending.answer)
+            else:
+                self._resting[pending.call_id] = slot
+                self._session.abandon_call(pending.call_id)
+
+    def _on_stray(self, call_id: int, answer: Answer | None) -> None:
+        """An answer that nobody waits for, or RELEASED. Under the lock."""
+        slot = self._resting.pop(call_id, None)
+        if slot is not None:
+            self._settle(slot, call_id, answer)
+
+    def close(self) -> None:
+        """Give all memory back; slots of calls that are just ending follow. Under the lock."""
+        for slot in self._resting.values():
+            slot.give_back(used=True)
+        self._resting.clear()
+        self.memory.close()
