@@ -172,9 +172,7 @@ def test_a_dead_worker_is_not_killed_again(bridge: FakeBridge) -> None:
     assert not demo.kill_worker(bridge)
 
 
-def test_a_process_that_is_no_longer_listed_is_not_killed(
-    bridge: FakeBridge, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_is_no_longer_listed_is_not_killed(bridge: FakeBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     listings = iter([[bridge.worker.pid]])
     monkeypatch.setattr(demo, "worker_pids", lambda _bridge: next(listings, []))
     descriptors_count = len(os.listdir("/proc/self/fd"))

@@ -135,9 +135,7 @@ def test_calls_of_another_architecture_kill(program: bytes, arch: int, number: i
 
 
 @pytest.mark.parametrize("arguments", [(), (OWN_PID,) * 6, (-1,) * 6])
-def test_denied_calls_are_refused_whatever_their_arguments(
-    program: bytes, arguments: tuple[int, ...]
-) -> None:
+def test_denied_calls_are_refused_whatever_their_arguments(program: bytes, arguments: tuple[int, ...]) -> None:
     for group in DENIED.values():
         for name, number in group.items():
             assert judge(program, number, *arguments) == REFUSED, name
@@ -150,9 +148,7 @@ def test_calls_that_no_rule_names_are_allowed(program: bytes) -> None:
 
 
 def test_no_call_has_two_rules() -> None:
-    assert (
-        len({rule.number for rule in DENY_LIST}) == len({rule.name for rule in DENY_LIST}) == len(DENY_LIST)
-    )
+    assert len({rule.number for rule in DENY_LIST}) == len({rule.name for rule in DENY_LIST}) == len(DENY_LIST)
 
 
 def test_numbers_are_those_of_the_system_header() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from luacell.broker.books import Refusal
-from luacell.broker.causes import SIGKILL, Cause
+from luacell.broker.causes import SIGKILL, UNKNOWN, Cause
 from luacell.broker.model import Call, Contract, SendFailure, Session
 from luacell.protocol import headers
 from luacell.protocol.errors import AbiErrorCode, Began
@@ -90,9 +90,7 @@ def cancelled(call: Call, began: Began, now_ns: int, *, slot: str = "free") -> S
     return _failure(call, AbiErrorCode.CANCELLED, text, began, now_ns, slot=slot)
 
 
-def deadline_exceeded(
-    call: Call, began: Began, now_ns: int, *, limit: str = "", slot: str = "free"
-) -> SendFailure:
+def deadline_exceeded(call: Call, began: Began, now_ns: int, *, limit: str = "", slot: str = "free") -> SendFailure:
     """Say that a call was not finished in time: by its deadline, or by the limit that is named."""
     bound = limit or f"deadline {(call.deadline_ns - call.arrived_ns) / NS_PER_S:g} s"
     where = "it was not begun" if began == "no" else "it was running"
@@ -103,7 +101,7 @@ def deadline_exceeded(
 def crashed(call: Call, cause: Cause, verdict: str, began: Began, now_ns: int) -> SendFailure:
     """Say that the worker which held a call died; `verdict` is why this broker killed it, or ""."""
     where = "while running the call" if began == "yes" else "before it began the call, twice"
-    why = f" (killed: {verdict})" if verdict and cause.signal == SIGKILL else ""
+    why = f" (killed: {verdict})" if verdict and (cause.signal == SIGKILL or cause == UNKNOWN) else ""
     text = f"{call.title}: the worker died with {cause} {where}{why}"
     return _failure(call, AbiErrorCode.WORKER_CRASHED, text, began, now_ns, cause=cause)
 

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.headers import Call
 from luacell.protocol.limits import HOST_MEMORY_MAX, SEGMENTS_PER_ARENA_MAX, TOTAL_MEMORY_MAX
 from luacell.protocol.slots import SLOT_SHIFT, SlotShape
 
-_POSITION_MASK = (1 << SLOT_SHIFT) - 1
+_POSITION_MASK: Final = (1 << SLOT_SHIFT) - 1
+ARENA_BITS: Final = 32
+GENERATION_MASK: Final = 0xFFFFFFFF
 
 
 class Refusal(NamedTuple):
@@ -39,34 +41,49 @@ class PairState(Enum):
     RETIRED = "retired"
 
 
-_USABLE = PairState.USABLE  # looking a member up in its enum costs a quarter of a microsecond
-_RETIRED = PairState.RETIRED
+_RETIRED: Final = PairState.RETIRED  # looking a member up in its enum costs a quarter of a microsecond
+
+
+class SlotBook:
+    """What the broker knows of one slot of a usable pair.
+
+    Attributes:
+        generation: of the next call; its complement, which is negative, while a call is in flight: no call fits it.
+    """
+
+    __slots__ = ("args_capacity", "contract_id", "generation", "out_capacity", "pair", "session")
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+        self.session = pair.arena.session
+        self.contract_id = pair.arena.contract_id
+        self.generation = 1
+        self.args_capacity = pair.shape.args_capacity
+        self.out_capacity = pair.shape.out_capacity
 
 
 @dataclass(slots=True, eq=False)
 class Pair:
-    """A pair of segments (args, out) and the state of its slots."""
+    """A pair of segments (args, out).
+
+    Attributes:
+        in_flight: slots that a worker may touch.
+    """
 
     arena: Arena
     index: int
     shape: SlotShape
     state: PairState = PairState.PLANNED
-    generations: list[int] = field(default_factory=list)  # of the next call, per slot
-    taken: set[int] = field(default_factory=set)  # positions in flight
-    count: int = 0
-    args_capacity: int = 0
-    out_capacity: int = 0
-
-    def __post_init__(self) -> None:
-        self.count = self.shape.count
-        self.args_capacity = self.shape.args_capacity
-        self.out_capacity = self.shape.out_capacity
-        self.generations = [1] * self.count
+    in_flight: int = 0
 
     @property
     def key(self) -> tuple[int, int]:
         """Arena id and pair index: the name of the pair in this broker's life."""
         return self.arena.id, self.index
+
+    def slot_key(self, position: int) -> int:
+        """The name of a slot in this broker's life: its number and its arena."""
+        return (self.index << SLOT_SHIFT | position) << ARENA_BITS | self.arena.id
 
 
 @dataclass(slots=True, eq=False)
@@ -88,11 +105,10 @@ class Books:
         total_memory_max: bytes all hosts may hold.
     """
 
-    def __init__(
-        self, host_memory_max: int = HOST_MEMORY_MAX, total_memory_max: int = TOTAL_MEMORY_MAX
-    ) -> None:
+    def __init__(self, host_memory_max: int = HOST_MEMORY_MAX, total_memory_max: int = TOTAL_MEMORY_MAX) -> None:
         self._host_memory_max = host_memory_max
         self._total_memory_max = total_memory_max
+        self.slots: dict[int, SlotBook] = {}  # of usable pairs, by Pair.slot_key; read by the dispatcher
         self._arenas: dict[int, Arena] = {}
         self._by_owner: dict[bytes, dict[int, Arena]] = {}
         self._held: dict[bytes, int] = {}
@@ -107,7 +123,7 @@ class Books:
     @property
     def slots_in_flight(self) -> int:
         """Slots that a worker may touch."""
-        return sum(len(pair.taken) for arena in self._arenas.values() for pair in arena.pairs.values())
+        return sum(pair.in_flight for arena in self._arenas.values() for pair in arena.pairs.values())
 
     def plan_pair(self, session: bytes, contract_id: int, shape: SlotShape) -> Pair | Refusal:
         """Reserve memory for a pair, before it is created; `abandon` takes the reservation back."""
@@ -120,9 +136,7 @@ class Books:
         arena = self._arena_of(session, contract_id)
         if len(arena.pairs) >= SEGMENTS_PER_ARENA_MAX:
             limit = f"segments per arena: {SEGMENTS_PER_ARENA_MAX}"
-            return Refusal(
-                AbiErrorCode.BUSY, f"arena {arena.id} has {len(arena.pairs)} pairs; the {limit}", limit
-            )
+            return Refusal(AbiErrorCode.BUSY, f"arena {arena.id} has {len(arena.pairs)} pairs; the {limit}", limit)
         pair = Pair(arena, arena.next_index, shape)
         arena.next_index = (arena.next_index + 1) & _POSITION_MASK
         while arena.next_index in arena.pairs or arena.next_index == pair.index:
@@ -145,11 +159,13 @@ class Books:
     def retire(self, pair: Pair) -> bool:
         """Let nobody use a pair any more; return whether it is gone already (no slot in flight)."""
         pair.state = PairState.RETIRED
+        for position in range(pair.shape.count):
+            self.slots.pop(pair.slot_key(position), None)
         return self._gone_if_quiet(pair)
 
     def abandon(self, pair: Pair) -> None:
         """Forget a pair that could not be created."""
-        assert not pair.taken
+        assert not pair.in_flight
         self.retire(pair)
 
     def host_left(self, session: bytes) -> list[Pair]:
@@ -157,32 +173,35 @@ class Books:
         pairs = [pair for arena in self._by_owner.get(session, {}).values() for pair in arena.pairs.values()]
         return [pair for pair in pairs if pair.state is not PairState.RETIRED and self.retire(pair)]
 
-    def take_slot(self, session: bytes, call: Call) -> Pair | Refusal:
-        """Check a call's handle and sizes, and note its slot as in flight."""
-        arena = self._arenas.get(call.arena)
-        if arena is None or arena.session != session or arena.contract_id != call.contract_id:
-            return _foreign(arena, session, call)
-        pair = arena.pairs.get(call.slot >> SLOT_SHIFT)
-        position = call.slot & _POSITION_MASK
-        if (
-            pair is None
-            or pair.state is not _USABLE
-            or position >= pair.count
-            or position in pair.taken
-            or call.generation != pair.generations[position]
-            or call.args_size > pair.args_capacity
-            or call.out_size > pair.out_capacity
-        ):
-            return _unfit(pair, position, call)
-        pair.taken.add(position)
-        return pair
+    def mapped(self, pair: Pair) -> None:
+        """Let calls name the slots of a pair, now that its host has it."""
+        assert pair.state is PairState.GRANTED, pair.state
+        pair.state = PairState.USABLE
+        for position in range(pair.shape.count):
+            self.slots[pair.slot_key(position)] = SlotBook(pair)
 
-    def release_slot(self, pair: Pair, slot: int) -> bool:
+    def take_slot(self, session: bytes, call: Call) -> SlotBook | Refusal:
+        """Check a call's handle and sizes, and note its slot as in flight."""
+        book = self.slots.get(call.slot << ARENA_BITS | call.arena)
+        if (
+            book is None
+            or book.generation != call.generation
+            or book.contract_id != call.contract_id
+            or book.session != session
+            or call.args_size > book.args_capacity
+            or call.out_size > book.out_capacity
+        ):
+            return _unfit(book, session, call)
+        book.generation = ~call.generation
+        book.pair.in_flight += 1
+        return book
+
+    def release_slot(self, book: SlotBook) -> bool:
         """Note a slot as free, now that nobody else can touch it; return whether its pair is gone with it."""
-        position = slot & _POSITION_MASK
-        pair.taken.remove(position)
-        pair.generations[position] = (pair.generations[position] + 1) & 0xFFFFFFFF
-        return self._gone_if_quiet(pair)
+        book.generation = -book.generation & GENERATION_MASK  # of ~g that is g + 1
+        pair = book.pair
+        pair.in_flight -= 1
+        return pair.state is _RETIRED and self._gone_if_quiet(pair)
 
     def _arena_of(self, session: bytes, contract_id: int) -> Arena:
         owned = self._by_owner.setdefault(session, {})
@@ -194,7 +213,7 @@ class Books:
         return arena
 
     def _gone_if_quiet(self, pair: Pair) -> bool:
-        if pair.state is not _RETIRED or pair.taken:
+        if pair.state is not _RETIRED or pair.in_flight:
             return False
         arena = pair.arena
         del arena.pairs[pair.index]
@@ -214,28 +233,23 @@ class Books:
             del self._held[arena.session]
 
 
-def _foreign(arena: Arena | None, session: bytes, call: Call) -> Refusal:
-    if arena is None:
-        return Refusal(AbiErrorCode.STALE_HANDLE, f"arena {call.arena} does not exist")
-    if arena.session != session:
-        return Refusal(AbiErrorCode.UNAUTHORIZED, f"arena {call.arena} belongs to another host")
-    return Refusal(AbiErrorCode.UNAUTHORIZED, f"arena {call.arena} serves another contract")
-
-
-def _unfit(pair: Pair | None, position: int, call: Call) -> Refusal:
-    if pair is None or pair.state is not _USABLE or position >= pair.count:
-        return Refusal(AbiErrorCode.STALE_HANDLE, f"slot {call.slot:#x} of arena {call.arena} does not exist")
-    if position in pair.taken:
-        return Refusal(AbiErrorCode.BAD_REQUEST, f"slot {call.slot:#x} of arena {call.arena} is in flight")
-    expected = pair.generations[position]
-    if call.generation != expected:
-        return Refusal(
-            AbiErrorCode.STALE_HANDLE, f"generation {call.generation} is stale; the slot is at {expected}"
-        )
+def _unfit(book: SlotBook | None, session: bytes, call: Call) -> Refusal:
+    where = f"slot {call.slot:#x} of arena {call.arena}"
+    if book is None:
+        return Refusal(AbiErrorCode.STALE_HANDLE, f"{where} does not exist")
+    if book.session != session:
+        return Refusal(AbiErrorCode.UNAUTHORIZED, f"{where} belongs to another host")
+    if book.contract_id != call.contract_id:
+        return Refusal(AbiErrorCode.UNAUTHORIZED, f"{where} serves another contract")
+    if book.generation < 0:
+        return Refusal(AbiErrorCode.BAD_REQUEST, f"{where} is in flight")
+    if book.generation != call.generation:
+        text = f"generation {call.generation} is stale; {where} is at {book.generation}"
+        return Refusal(AbiErrorCode.STALE_HANDLE, text)
     return Refusal(
         AbiErrorCode.BAD_REQUEST,
         f"args of {call.args_size} and out of {call.out_size} bytes exceed the slot's "
-        f"{pair.args_capacity} and {pair.out_capacity}",
+        f"{book.args_capacity} and {book.out_capacity}",
     )
 
 

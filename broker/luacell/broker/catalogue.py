@@ -20,9 +20,7 @@ from luacell.protocol.limits import CONTRACTS_MAX, LOAD_LIMIT_NS, NS_PER_S, STAR
 from luacell.protocol.messages import Settings
 
 REGISTRATION_LIMIT_NS: Final = START_LIMIT_NS + LOAD_LIMIT_NS + NS_PER_S
-UNCALLED_NS: Final = (
-    5 * NS_PER_S
-)  # a contract that nobody calls keeps the worker that proved it no longer than this
+UNCALLED_NS: Final = 5 * NS_PER_S  # a contract that nobody calls keeps the worker that proved it no longer than this
 
 
 class Catalogue:
@@ -92,9 +90,7 @@ class Catalogue:
         contract.failures += 1
         contract.failure = f"the chunk gave a Lua {reason}, no function" if problem == "type" else reason
         contract.retry_ns = now_ns + backoff_ns(contract.failures)
-        effects.append(
-            Record("error", "contract does not load", {"contract": contract.record.title, "reason": reason})
-        )
+        effects.append(Record("error", "contract does not load", {"contract": contract.record.title, "reason": reason}))
         self._workforce.withdraw(contract)
         return [] if contract.workers else contract.queue.drain()
 
@@ -180,7 +176,7 @@ class Catalogue:
         contract.retired = True
         self._workforce.withdraw(contract)
         if contract.timer is not None:
-            self._wheel.cancel(contract.timer)
+            self._wheel.cancel(contract.timer, contract)
             contract.timer = None
         for worker in list(contract.workers):
             if worker.state is not BUSY:
@@ -188,7 +184,7 @@ class Catalogue:
 
     def _set_timer(self, contract: Contract, when_ns: int) -> None:
         if contract.timer is not None:
-            self._wheel.cancel(contract.timer)
+            self._wheel.cancel(contract.timer, contract)
         contract.timer = self._wheel.set(when_ns, contract)
 
 

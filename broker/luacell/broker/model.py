@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
-from luacell.broker.books import Pair
+from luacell.broker.books import Pair, SlotBook
 from luacell.broker.queues import FairQueue
 from luacell.broker.registry import ContractRecord
-from luacell.broker.timers import Timer
 from luacell.protocol import headers
 from luacell.protocol.errors import AbiErrorCode, Began
 from luacell.protocol.limits import NS_PER_US, QUEUE_MAX
@@ -63,7 +62,6 @@ class Session:
     calls: dict[int, Call] = field(default_factory=dict)
 
 
-@dataclass(slots=True, eq=False)
 class Call:
     """One call from its acceptance until its slot is free.
 
@@ -77,20 +75,35 @@ class Call:
         excused: whether its worker was given time to say that it has finished.
     """
 
-    session: Session
-    header: headers.Call
-    contract: Contract
-    pair: Pair
-    arrived_ns: int
-    deadline_ns: int
     state: CallState = QUEUED
-    answered: bool = False
+    answered = False
     worker: Worker | None = None
-    sequence: int = 0
-    sent_ns: int = 0
-    attempts: int = 0
-    excused: bool = False
-    timer: Timer[Subject] | None = None
+    sequence = 0
+    sent_ns = 0
+    attempts = 0
+    excused = False
+    timer: int | None = None
+
+    def __init__(
+        self,
+        session: Session,
+        header: headers.Call,
+        contract: Contract,
+        book: SlotBook,
+        arrived_ns: int,
+        deadline_ns: int,
+    ) -> None:
+        self.session = session
+        self.header = header
+        self.contract = contract
+        self.book = book
+        self.arrived_ns = arrived_ns
+        self.deadline_ns = deadline_ns
+
+    @property
+    def pair(self) -> Pair:
+        """The segments its slot lies in."""
+        return self.book.pair
 
     @property
     def title(self) -> str:
@@ -108,6 +121,7 @@ class Contract:
         workers: those that serve or load it, without doomed ones.
         idle: a subset of `workers`, the most recently used last.
         deadline_us: default budget of a call.
+        quick_budget_us: largest budget with which a call needs no thought; 0 for a private contract.
         run_limit_ns: how long a call may run before its worker is killed for good.
         called: whether any call was handed to a worker.
         retired: no longer served; what its workers hold ends first.
@@ -123,7 +137,10 @@ class Contract:
     queue: FairQueue[Session, Call] = field(default_factory=lambda: FairQueue(QUEUE_MAX))
     workers: set[Worker] = field(default_factory=set)
     idle: list[Worker] = field(default_factory=list)
+    owner: bytes | None = None
     deadline_us: int = 0
+    quick_budget_us: int = 0
+    run_limit_us: int = 0
     run_limit_ns: int = 0
     called: bool = False
     retired: bool = False
@@ -131,10 +148,15 @@ class Contract:
     failure: str = ""
     retry_ns: int = 0
     died_loading: bool = False
-    timer: Timer[Subject] | None = None
+    timer: int | None = None
 
     def __post_init__(self) -> None:
+        self.owner = self.record.owner
         self.deadline_us = self.record.settings.deadline_us
+        self.quick_budget_us = min(self.record.settings.deadline_us, self.record.settings.run_limit_us)
+        if self.owner is not None:
+            self.quick_budget_us = 0
+        self.run_limit_us = self.record.settings.run_limit_us
         self.run_limit_ns = self.record.settings.run_limit_us * NS_PER_US
 
     @property
@@ -168,7 +190,7 @@ class Worker:
     served: int = 0
     mapped: set[Pair] = field(default_factory=set)
     verdict: str = ""
-    timer: Timer[Subject] | None = None
+    timer: int | None = None
 
 
 class Waiter(Protocol):

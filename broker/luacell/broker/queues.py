@@ -23,10 +23,10 @@ class FairQueue(Generic[Owner, Item]):
     def __init__(self, bound: int) -> None:
         self._bound = bound
         self._lanes: OrderedDict[Owner, OrderedDict[Item, None]] = OrderedDict()
-        self._count = 0
+        self.count = 0
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def __iter__(self) -> Iterator[Item]:
         """Yield all items, owner by owner."""
@@ -35,13 +35,13 @@ class FairQueue(Generic[Owner, Item]):
     @property
     def is_full(self) -> bool:
         """Whether another item would exceed the bound."""
-        return self._count >= self._bound
+        return self.count >= self._bound
 
     def push(self, owner: Owner, item: Item) -> None:
         """Append an item; the caller has checked `is_full`."""
-        assert not self.is_full, self._count
+        assert not self.is_full, self.count
         self._lane(owner)[item] = None
-        self._count += 1
+        self.count += 1
 
     def push_front(self, owner: Owner, item: Item) -> None:
         """Put an item back that was popped, ahead of all others; it may exceed the bound."""
@@ -49,7 +49,7 @@ class FairQueue(Generic[Owner, Item]):
         lane[item] = None
         lane.move_to_end(item, last=False)
         self._lanes.move_to_end(owner, last=False)
-        self._count += 1
+        self.count += 1
 
     def pop(self) -> Item | None:
         """Remove and return the next item, or None."""
@@ -57,7 +57,7 @@ class FairQueue(Generic[Owner, Item]):
             return None
         owner, lane = next(iter(self._lanes.items()))
         item, _ = lane.popitem(last=False)
-        self._count -= 1
+        self.count -= 1
         if lane:
             self._lanes.move_to_end(owner)
         else:
@@ -68,7 +68,7 @@ class FairQueue(Generic[Owner, Item]):
         """Remove an item that is queued."""
         lane = self._lanes[owner]
         del lane[item]
-        self._count -= 1
+        self.count -= 1
         if not lane:
             del self._lanes[owner]
 

@@ -110,7 +110,5 @@ class Registry:
 
     def page(self, first: int) -> tuple[list[dict[str, Any]], int]:
         """Return listed contracts from position `first` in order of id, and how many there are in all."""
-        listed = sorted(
-            (record for record in self._records.values() if record.owner is None), key=lambda r: r.id
-        )
+        listed = sorted((record for record in self._records.values() if record.owner is None), key=lambda r: r.id)
         return [record.as_listed() for record in listed[first : first + LISTED_CONTRACTS_MAX]], len(listed)

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from struct import Struct
 from typing import Any, Final
 
@@ -58,10 +59,15 @@ _CALL_HEAD: Final = headers.head(Op.CALL)
 _CALL_SIZE: Final = headers.PREAMBLE_SIZE + headers.CALL.size
 _DONE_HEAD: Final = headers.head(Op.DONE)
 _DONE_SIZE: Final = headers.PREAMBLE_SIZE + headers.DONE.size
-_EXECUTE: Final = Struct(headers.PREAMBLE.format + headers.EXECUTE.format.removeprefix("<"))
-_EXECUTE_HEAD: Final = headers.PREAMBLE.unpack(headers.head(Op.EXECUTE))
-_RESULT: Final = Struct(headers.PREAMBLE.format + headers.RESULT.format.removeprefix("<"))
-_RESULT_HEAD: Final = headers.PREAMBLE.unpack(headers.head(Op.RESULT))
+_PREAMBLE_SIZE: Final = headers.PREAMBLE_SIZE
+_unpack_call: Final = headers.CALL.unpack_from
+_unpack_done: Final = headers.DONE.unpack_from
+_new_call: Final = partial(tuple.__new__, headers.Call)  # NamedTuple._make without its frame
+_new_done: Final = partial(tuple.__new__, headers.Done)
+_EXECUTE: Final = Struct(f"<{headers.PREAMBLE_SIZE}s" + headers.EXECUTE.format.removeprefix("<"))
+_EXECUTE_HEAD: Final = headers.head(Op.EXECUTE)
+_RESULT: Final = Struct(f"<{headers.PREAMBLE_SIZE}s" + headers.RESULT.format.removeprefix("<"))
+_RESULT_HEAD: Final = headers.head(Op.RESULT)
 
 
 @dataclass(slots=True, eq=False)
@@ -100,10 +106,10 @@ class Server:
         self._store = SegmentStore()
         self._books = Books()
         self._registry = Registry()
-        self._dispatcher = Dispatcher(
-            self._store, self._books, self._registry, _new_routing_id, spares
-        )
+        self._dispatcher = Dispatcher(self._store, self._books, self._registry, _new_routing_id, spares)
         self._workforce = self._dispatcher.workforce
+        self._workers = self._workforce.by_routing_id
+        self._sessions = self._dispatcher.sessions
         self._watcher_id = _new_routing_id()
         self._listener = run_directory.listen()
         self._greeting: dict[socket.socket, None] = {}  # in order of arrival
@@ -222,21 +228,26 @@ class Server:
                 self._worker_died(link.worker, UNKNOWN)
 
     def _handle(self, peer: bytes, message: bytes, now_ns: int) -> None:
-        """Act on one message; the two kinds that make up a call are recognised by their first bytes."""
+        """Act on one message; the two kinds that make up a call are recognised by size and first bytes."""
         if self._tick_ms != TICK_BUSY_MS:
             self._set_tick(TICK_BUSY_MS)
-        head = message[: headers.PREAMBLE_SIZE]
-        worker = self._workforce.by_routing_id.get(peer)
-        if worker is not None:
-            if head == _DONE_HEAD and len(message) == _DONE_SIZE:
-                done = headers.Done._make(headers.DONE.unpack_from(message, headers.PREAMBLE_SIZE))
-                self._perform(self._dispatcher.worker_done(worker, done, now_ns))
-                return
-        elif head == _CALL_HEAD and len(message) == _CALL_SIZE and peer in self._dispatcher.sessions:
-            call = headers.Call._make(headers.CALL.unpack_from(message, headers.PREAMBLE_SIZE))
-            self._perform(self._dispatcher.call_arrived(peer, call, now_ns))
-            return
-        if peer == self._watcher_id:
+        dispatcher = self._dispatcher
+        worker = self._workers.get(peer)
+        if worker is not None and len(message) == _DONE_SIZE and message.startswith(_DONE_HEAD):
+            done = _new_done(_unpack_done(message, _PREAMBLE_SIZE))
+            call = dispatcher.quick_done(worker, done)
+            if call is not None:
+                self._send_answer(call, done.code, done.out_size, done.error_size, headers.SLOT_FREE)
+            else:
+                self._perform(dispatcher.worker_done(worker, done, now_ns))
+        elif len(message) == _CALL_SIZE and message.startswith(_CALL_HEAD) and peer in self._sessions:
+            header = _new_call(_unpack_call(message, _PREAMBLE_SIZE))
+            call = dispatcher.quick_call(peer, header, now_ns)
+            if call is not None:
+                self._send_execute(call)
+            else:
+                self._perform(dispatcher.call_arrived(peer, header, now_ns))
+        elif peer == self._watcher_id:
             for item in self._watcher.take():
                 self._on_item(item)
         else:
@@ -286,15 +297,18 @@ class Server:
         try:
             _send(router, peer, _SEND_FIRST)
             _send(router, message, _SEND_LAST)
-        except zmq.Again:
-            log.warning("peer does not read; dropping it", extra={"fields": {"peer": peer.hex()}})
-            self._expel(peer)
-            return False
         except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
+            self._not_sent(peer, error)
             return False
         return True
+
+    def _not_sent(self, peer: bytes, error: zmq.ZMQError) -> None:
+        """A peer that is gone is not missed, its death will be told; one that does not read must go."""
+        if error.errno == zmq.EAGAIN:
+            log.warning("peer does not read; dropping it", extra={"fields": {"peer": peer.hex()}})
+            self._expel(peer)
+        elif error.errno != zmq.EHOSTUNREACH:
+            raise error
 
     def _expel(self, peer: bytes) -> None:
         if peer in self._hosts:
@@ -441,7 +455,7 @@ class Server:
         except OSError as error:  # the host holds the segment too, and has sealed it its own way
             self._host_left(peer)
             raise ProtocolError(f"pair {asked.index} of arena {asked.arena} cannot be sealed: {error}") from None
-        pair.state = PairState.USABLE
+        self._books.mapped(pair)
 
     def _on_give_back(self, peer: bytes, count: int, message: bytes) -> None:
         asked = decode(messages.GiveBack, message)
@@ -582,7 +596,7 @@ class Server:
         """Its workers die with it, by the kernel's hand; their pidfds will tell."""
         log.error("worker host is gone", extra={"fields": {"reason": reason}})
         channel, self._worker_host = self._worker_host, None
-        self._workforce.has_host = False
+        self._perform(self._dispatcher.worker_host_left(time.monotonic_ns()))
         if channel is not None:
             channel.close()
         for link in list(self._dying.values()):
@@ -638,26 +652,27 @@ class Server:
 
     # -- effects --------------------------------------------------------------------------------------------------
     def _send_call(self, effect: model.SendCall) -> None:
-        worker, call = effect.worker, effect.call
-        if call.pair not in worker.mapped and not self._send_map(worker, call.pair):
+        self._send_execute(effect.call)
+
+    def _send_execute(self, call: model.Call) -> None:
+        worker = call.worker
+        assert worker is not None
+        pair = call.book.pair
+        if pair not in worker.mapped and not self._send_map(worker, pair):
             self._perform(self._dispatcher.worker_lost(worker, time.monotonic_ns()))
             return
-        header = call.header
+        _, _, fn_id, _, arena, slot, generation, flags, args_size, out_size = call.header
+        run_limit_us = call.contract.run_limit_us
         message = _EXECUTE.pack(
-            *_EXECUTE_HEAD,
-            call.sequence,
-            call.deadline_ns,
-            header.fn_id,
-            call.contract.record.settings.run_limit_us,
-            header.arena,
-            header.slot,
-            header.generation,
-            header.flags,
-            header.args_size,
-            header.out_size,
-            0,
-        )
-        self._send(worker.routing_id, message)
+            _EXECUTE_HEAD, call.sequence, call.deadline_ns, fn_id, run_limit_us, arena, slot, generation, flags,
+            args_size, out_size, 0,
+        )  # fmt: skip
+        router = self._router
+        try:
+            _send(router, worker.routing_id, _SEND_FIRST)
+            _send(router, message, _SEND_LAST)
+        except zmq.ZMQError as error:
+            self._not_sent(worker.routing_id, error)
 
     def _send_map(self, worker: Worker, pair: Pair) -> bool:
         stored = self._store.get(pair)
@@ -681,9 +696,16 @@ class Server:
 
     def _send_result(self, effect: model.SendResult) -> None:
         call, code, out_size, error_size, slot_free = effect
-        flags = headers.SLOT_FREE if slot_free else 0
-        message = _RESULT.pack(*_RESULT_HEAD, call.header.call_id, code, out_size, error_size, flags)
-        self._send(call.session.id, message)
+        self._send_answer(call, code, out_size, error_size, headers.SLOT_FREE if slot_free else 0)
+
+    def _send_answer(self, call: model.Call, code: int, out_size: int, error_size: int, flags: int) -> None:
+        message = _RESULT.pack(_RESULT_HEAD, call.header.call_id, code, out_size, error_size, flags)
+        router, peer = self._router, call.session.id
+        try:
+            _send(router, peer, _SEND_FIRST)
+            _send(router, message, _SEND_LAST)
+        except zmq.ZMQError as error:
+            self._not_sent(peer, error)
 
     def _send_failure(self, effect: SendFailure) -> None:
         failure = messages.Failure(

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 
 from luacell.broker.books import Pair
 from luacell.broker.model import Call
-from luacell.protocol.memory.segments import ARGS_SEALS, OUT_SEALS, SIZE_SEALS, Mapping, add_seals, create_segment, seals_of
+from luacell.protocol.memory.segments import (
+    ARGS_SEALS,
+    OUT_SEALS,
+    SIZE_SEALS,
+    Mapping,
+    add_seals,
+    create_segment,
+    seals_of,
+)
 from luacell.protocol.slots import SLOT_SHIFT, Answer, SlotShape, read_answer, write_withdrawn
 
 _POSITION_MASK = (1 << SLOT_SHIFT) - 1

@@ -17,50 +17,46 @@ BUCKET_NS: Final = 4 * NS_PER_MS  # resolution; the promise on answers is 250 ms
 T = TypeVar("T")
 
 
-class Timer(Generic[T]):
-    """One pending wake-up for `subject`; made by `TimerWheel.set`."""
-
-    __slots__ = ("bucket", "subject")
-
-    def __init__(self, bucket: int, subject: T) -> None:
-        self.bucket = bucket
-        self.subject = subject
-
-
 class TimerWheel(Generic[T]):
-    """Timers by bucket of time; bounded by the timers pending and the buckets of the longest one."""
+    """Timers by bucket of time; bounded by the timers pending and the buckets of the longest one.
+
+    A timer is named by its subject and the bucket that `set` returned.
+
+    Attributes:
+        buckets: subjects by number of bucket, which is `when_ns // BUCKET_NS + 1`; the broker's hot path adds to those
+            that exist and removes from them without a call.
+    """
 
     def __init__(self) -> None:
-        self._buckets: dict[int, dict[Timer[T], None]] = {}
+        self.buckets: dict[int, dict[T, None]] = {}
         self._order: list[int] = []  # heap of the keys of _buckets, each once
 
     def __len__(self) -> int:
-        return sum(len(bucket) for bucket in self._buckets.values())
+        return sum(len(bucket) for bucket in self.buckets.values())
 
-    def set(self, when_ns: int, subject: T) -> Timer[T]:
-        """Ask for `subject` at `when_ns` or up to BUCKET_NS later."""
+    def set(self, when_ns: int, subject: T) -> int:
+        """Ask for `subject` at `when_ns` or up to BUCKET_NS later; return the bucket, for `cancel`."""
         number = when_ns // BUCKET_NS + 1
-        timer = Timer(number, subject)
-        bucket = self._buckets.get(number)
+        bucket = self.buckets.get(number)
         if bucket is None:
-            bucket = self._buckets[number] = {}
+            bucket = self.buckets[number] = {}
             heapq.heappush(self._order, number)
-        bucket[timer] = None
-        return timer
+        bucket[subject] = None
+        return number
 
-    def cancel(self, timer: Timer[T]) -> None:
+    def cancel(self, number: int, subject: T) -> None:
         """Forget a timer; one that has expired is ignored."""
-        bucket = self._buckets.get(timer.bucket)
+        bucket = self.buckets.get(number)
         if bucket is not None:
-            bucket.pop(timer, None)
+            bucket.pop(subject, None)
 
     def next_ns(self) -> int | None:
         """Return when `expired` has something next, or None."""
         while self._order:
             number = self._order[0]
-            if self._buckets[number]:
+            if self.buckets[number]:
                 return number * BUCKET_NS
-            del self._buckets[heapq.heappop(self._order)]
+            del self.buckets[heapq.heappop(self._order)]
         return None
 
     def expired(self, now_ns: int) -> Iterator[T]:
@@ -69,8 +65,8 @@ class TimerWheel(Generic[T]):
         One at a time: acting on a subject may cancel the timer of another that is due as well.
         """
         while self._order and self._order[0] * BUCKET_NS <= now_ns:
-            bucket = self._buckets[self._order[0]]
+            bucket = self.buckets[self._order[0]]
             if bucket:
-                yield bucket.popitem()[0].subject
+                yield bucket.popitem()[0]
             else:
-                del self._buckets[heapq.heappop(self._order)]
+                del self.buckets[heapq.heappop(self._order)]

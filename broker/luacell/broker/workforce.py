@@ -130,6 +130,15 @@ class Workforce:
         self._retry_ns = 0
         self.replenish(now_ns, effects)
 
+    def host_left(self, now_ns: int) -> list[Worker]:
+        """The worker host is gone and its workers die with it; return those that were of use until now."""
+        self.has_host = False
+        orphans = [worker for worker in self.by_id.values() if worker.state is not DOOMED]
+        for worker in orphans:
+            self._discharge(worker, now_ns)
+            worker.verdict = "its worker host is gone"
+        return orphans
+
     def withdraw(self, contract: Contract) -> None:
         """Forget that a contract waits for a worker."""
         self.waiting.pop(contract, None)
@@ -169,7 +178,7 @@ class Workforce:
 
     def _stop_timer(self, worker: Worker) -> None:
         if worker.timer is not None:
-            self._wheel.cancel(worker.timer)
+            self._wheel.cancel(worker.timer, worker)
             worker.timer = None
 
 

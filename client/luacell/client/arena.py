@@ -10,11 +10,12 @@ import ctypes
 import time
 from typing import Final
 
-from luacell.protocol.limits import MIB
+from luacell.protocol.limits import ANSWER_GRACE_NS, MIB, NS_PER_S, US_PER_S
 from luacell.protocol.memory.segments import Mapping
 from luacell.protocol.messages import Segment
-from luacell.protocol.slots import PAYLOAD_OFFSET, SLOT_SHIFT, WORD, SlotShape
+from luacell.protocol.slots import GENERATION_MAX, PAYLOAD_OFFSET, SLOT_SHIFT, WORD, SlotShape
 
+GRACE_S: Final = ANSWER_GRACE_NS / NS_PER_S
 SLOTS_FIRST: Final = 16
 SLOTS_MAX: Final = 128
 MIDDLE_PAYLOAD: Final = 16 * 1024  # bytes; beyond, a pair has few slots
@@ -31,6 +32,7 @@ class Arena:
 
     Attributes:
         deadline_us: the contract's default deadline, as told with the last grant.
+        limit_s: seconds after which its answer is overdue.
         is_closed: pairs are unmapped as soon as they are idle.
         is_retired: pairs are given back as soon as they are idle: its contract is gone.
     """
@@ -38,6 +40,7 @@ class Arena:
     def __init__(self, contract_id: int) -> None:
         self.contract_id = contract_id
         self.deadline_us = 0
+        self.limit_s = 0.0
         self.pairs: list[HostPair] = []
         self.is_closed = False
         self.is_retired = False
@@ -55,6 +58,7 @@ class Arena:
     def add(self, pair: HostPair, deadline_us: int) -> None:
         """Add a pair; small ones are tried first."""
         self.deadline_us = deadline_us
+        self.limit_s = deadline_us / US_PER_S + GRACE_S
         self.pairs.append(pair)
         self.pairs.sort(key=lambda each: (each.args_capacity + each.out_capacity, -each.shape.count))
 
@@ -88,11 +92,9 @@ class Arena:
         self.pairs.clear()
 
     def retire(self) -> list[HostPair]:
-        """Hand out no more slots; return the idle pairs, the others will come to `drained`."""
-        idle = self.remove_idle(time.monotonic(), size_min=0)
+        """Return the idle pairs of a contract that is gone; the others will come to `drained`."""
         self.is_retired = True
-        self.pairs.clear()
-        return idle
+        return self.remove_idle(time.monotonic(), size_min=0)
 
     def leave_in_child(self) -> None:
         """Unmap everything in a forked child, where nobody is in the middle of a call."""
@@ -144,42 +146,47 @@ class HostPair:
 
 
 class Slot:
-    """One slot, leased to at most one call at a time."""
+    """One slot, leased to at most one call at a time.
+
+    Attributes:
+        home: the arena it belongs to.
+        name: arena and slot number, as messages give them.
+        generation: of its next call.
+    """
 
     __slots__ = (
+        "_args_stamp",
         "_args_start",
         "_args_view",
         "_out_start",
         "_out_view",
         "_pair",
-        "arena",
         "generation",
         "home",
-        "number",
+        "name",
     )
 
     def __init__(self, pair: HostPair, position: int) -> None:
         self.home = pair.home
-        self.arena = pair.number
-        self.number = pair.index << SLOT_SHIFT | position
+        self.name = pair.number, pair.index << SLOT_SHIFT | position
         self.generation = 1
         self._pair = pair
         self._args_view = pair.args.view
         self._out_view = pair.out.view
-        self._args_start = position * pair.shape.args_stride + PAYLOAD_OFFSET
+        self._args_stamp = position * pair.shape.args_stride
+        self._args_start = self._args_stamp + PAYLOAD_OFFSET
         self._out_start = position * pair.shape.out_stride + PAYLOAD_OFFSET
 
-    def put_args(self, args: bytes | memoryview | None) -> None:
-        """Copy the arguments in, which fit, and stamp the slot."""
-        start = self._args_start
-        _stamp(self._args_view, start - PAYLOAD_OFFSET, self.generation)
+    def put_args(self, args: bytes | memoryview | None, size: int) -> None:
+        """Copy the arguments in, which have `size` bytes and fit, and stamp the slot."""
+        start, view = self._args_start, self._args_view
+        _stamp(view, self._args_stamp, self.generation)
         if not args:
             return
-        size = len(args)
-        if size >= COPY_UNLOCKED_MIN and isinstance(args, bytes):
-            ctypes.memmove(self._pair.args.address + start, args, size)
+        if size < COPY_UNLOCKED_MIN or not isinstance(args, bytes):
+            view[start : start + size] = args
         else:
-            self._args_view[start : start + size] = args
+            ctypes.memmove(self._pair.args.address + start, args, size)
 
     def read(self, size: int) -> bytes:
         """Return a copy of the first bytes of the results."""
@@ -198,10 +205,10 @@ class Slot:
     def give_back(self, *, used: bool) -> None:
         """Let another call have the slot; its generation moves on if a call was accepted with it."""
         if used:
-            self.generation = (self.generation + 1) & 0xFFFFFFFF
-        pair = self._pair
+            self.generation = self.generation % GENERATION_MAX + 1
+        pair, home = self._pair, self.home
         pair.free.append(self)
-        if self.home.is_closed and pair.is_idle:
+        if home.is_closed and pair.is_idle:
             pair.close()
-        elif self.home.is_retired and pair.is_idle:
-            self.home.drained.append(pair)
+        elif home.is_retired and pair.is_idle:
+            home.drained.append(pair)

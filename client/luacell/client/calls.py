@@ -11,19 +11,18 @@ from itertools import count
 from struct import Struct
 from typing import Final
 
-from luacell.client.arena import Slot
+from luacell.client.arena import GRACE_S, Slot
 from luacell.client.memory import HostMemory
 from luacell.client.replies import raise_for, raise_from_slot
 from luacell.client.session import Answer, Pending, Session
 from luacell.protocol import headers, messages
 from luacell.protocol.errors import Unavailable
 from luacell.protocol.headers import HAS_ARGS, HAS_OUT, SLOT_FREE, Op
-from luacell.protocol.limits import ANSWER_GRACE_NS, NS_PER_S, US_PER_S
+from luacell.protocol.limits import US_PER_S
 
-_GRACE_S: Final = ANSWER_GRACE_NS / NS_PER_S
-_MESSAGE: Final = Struct(f"<{headers.PREAMBLE_SIZE}s" + headers.CALL.format.removeprefix("<"))
+_pack: Final = Struct(f"<{headers.PREAMBLE_SIZE}s" + headers.CALL.format.removeprefix("<")).pack
 _HEAD: Final = headers.head(Op.CALL)
-_CODE, _OUT_SIZE, _FLAGS = (headers.Result._fields.index(name) for name in ("code", "out_size", "flags"))
+_FLAGS: Final = headers.Result._fields.index("flags")
 
 
 class Calls:
@@ -31,8 +30,10 @@ class Calls:
 
     def __init__(self, session: Session) -> None:
         self.memory = HostMemory(session)
+        self._arenas = self.memory.arenas
         self._session = session
         self._resting: dict[int, Slot] = {}  # by call id: slots of calls that were answered or given up too early
+        self._released: set[int] = set()  # calls whose slot was free again before their thread had seen the answer
         self._ids = count(1)
         session.on_stray = self._on_stray
 
@@ -59,35 +60,38 @@ class Calls:
             CallError: there is no value.
         """
         args_size = 0 if args is None else len(args)
-        session, memory = self._session, self.memory
+        session = self._session
         with session.lock:
-            home = memory.arenas.get(contract_id)
+            home = self._arenas.get(contract_id)
             slot = home.take(args_size, out_size) if home is not None else None
         if slot is None:
-            slot = memory.take_new(contract_id, args_size, out_size)
-        budget_us = slot.home.deadline_us
+            slot = self.memory.take_new(contract_id, args_size, out_size)
+            home = slot.home
+        assert home is not None
+        budget_us, limit_s = home.deadline_us, home.limit_s
         if 0 < timeout_us < budget_us:
-            budget_us = timeout_us
+            budget_us, limit_s = timeout_us, timeout_us / US_PER_S + GRACE_S
         pending = Pending()
         call_id = pending.call_id = next(self._ids)
         try:
-            slot.put_args(args)
-            flags = (0 if args is None else HAS_ARGS) | (0 if out is None and not out_size else HAS_OUT)
-            arena, number, generation = slot.arena, slot.number, slot.generation
-            message = _MESSAGE.pack(
-                _HEAD, call_id, contract_id, fn_id, budget_us, arena, number, generation, flags, args_size, out_size
+            slot.put_args(args, args_size)
+            flags = (HAS_ARGS if args is not None else 0) | (HAS_OUT if out_size or out is not None else 0)
+            message = _pack(
+                _HEAD, call_id, contract_id, fn_id, budget_us, *slot.name, slot.generation, flags, args_size, out_size
             )
-            session.call(pending, message, budget_us / US_PER_S + _GRACE_S)
+            session.call(pending, message, limit_s)
         except BaseException:
             self._give_up(pending, slot)
             raise
         answer = pending.answer
-        if type(answer) is tuple and answer[_CODE] == 0 and answer[_FLAGS] == SLOT_FREE and out is None:
-            result = slot.read(answer[_OUT_SIZE])
-            slot.give_back(used=True)
-            if slot.home.is_retired:
-                self._drain(slot)
-            return result
+        if type(answer) is tuple and out is None:
+            _, code, size, _, free = answer
+            if code == 0 and free == SLOT_FREE:
+                result = slot.read(size)
+                slot.give_back(used=True)
+                if home.is_retired:
+                    self._drain(slot)
+                return result
         return self._conclude(slot, call_id, contract_id, fn_id, answer, out)
 
     def _conclude(
@@ -115,9 +119,10 @@ class Calls:
             kept, used = answer.slot == "kept", answer.slot != "unused"
         else:
             kept, used = isinstance(answer, tuple) and not answer[_FLAGS] & SLOT_FREE, True
-        if kept and self._session.is_open:
+        if kept and self._session.is_open and call_id not in self._released:
             self._resting[call_id] = slot
         else:
+            self._released.discard(call_id)
             slot.give_back(used=used)
             if slot.home.drained:
                 self.memory.give_back_drained(slot.home)
@@ -145,6 +150,8 @@ class Calls:
         slot = self._resting.pop(call_id, None)
         if slot is not None:
             self._settle(slot, call_id, answer)
+        elif answer is None:
+            self._released.add(call_id)
 
     def close(self) -> None:
         """Give all memory back; slots of calls that are just ending follow. Under the lock."""

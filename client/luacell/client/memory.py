@@ -32,6 +32,7 @@ class HostMemory:
     def __init__(self, session: Session) -> None:
         self._session = session
         self.arenas: dict[int, Arena] = {}
+        self._retired: list[Arena] = []  # those whose last slots are in use
         self._growing = threading.Lock()
 
     def take_new(self, contract_id: int, args_size: int, out_size: int) -> Slot:
@@ -109,10 +110,13 @@ class HostMemory:
             arena = self.arenas.pop(contract_id, None)
             if arena is not None:
                 self._give_back(arena.retire())
+                self._retired = [each for each in (*self._retired, arena) if each.pairs]
 
     def give_back_drained(self, arena: Arena) -> None:
         """Give back what a retired arena had still in use. Under the lock."""
         drained, arena.drained = arena.drained, []
+        for pair in drained:
+            arena.pairs.remove(pair)
         self._give_back(drained)
 
     def _give_back_idle(self, before_s: float, size_min: int) -> None:
@@ -127,11 +131,11 @@ class HostMemory:
 
     def close(self) -> None:
         """Unmap what is idle; the rest goes with the last slot that is given back. Under the lock."""
-        for arena in self.arenas.values():
+        for arena in (*self.arenas.values(), *self._retired):
             arena.close()
         self.arenas.clear()
 
     def leave_in_child(self) -> None:
         """Unmap everything in a forked child, where nobody is in the middle of a call."""
-        for arena in self.arenas.values():
+        for arena in (*self.arenas.values(), *self._retired):
             arena.leave_in_child()

@@ -41,6 +41,7 @@ from luacell.protocol.paths import BROKER_SOCKET, DESCRIPTOR_SOCKET
 CONNECT_LIMIT_S: Final = 5.0
 REQUEST_LIMIT_S: Final = REQUEST_LIMIT_NS / NS_PER_S
 HIGH_WATER_MARK: Final = 4096
+ALONE_MS: Final = 20  # how long the only thread waits inside libzmq before it waits for everything
 _MS: Final = 1000
 _LINGER_MS: Final = 100  # for the farewell
 
@@ -56,6 +57,25 @@ _RESULT_SIZE: Final = _RESULT.size
 Answer = tuple[int, ...] | messages.Failure  # the fields of headers.Result, or why there is none
 
 
+class _Bell:
+    """Wakes one thread. Unlike threading.Event it bears a signal handler that raises: that one's locks may break."""
+
+    __slots__ = ("_silence",)
+
+    def __init__(self) -> None:
+        self._silence = threading.Lock()
+        self._silence.acquire()
+
+    def wait(self, limit_s: float) -> None:
+        """Wait until it rings, or has rung since the last time."""
+        self._silence.acquire(timeout=limit_s)
+
+    def set(self) -> None:
+        """Ring. Under the session's lock."""
+        if self._silence.locked():
+            self._silence.release()
+
+
 class Pending:
     """Something that waits for its answer: a call or a request."""
 
@@ -65,7 +85,7 @@ class Pending:
     answer: Answer | messages.Reply | messages.Segment | messages.Welcome | None = None
     descriptors: Sequence[int] = ()
     failure: Unavailable | None = None
-    event: threading.Event | None = None  # made when its owner waits for another to read
+    event: _Bell | None = None  # made when its owner waits for another to read
 
 
 class Session:
@@ -78,7 +98,7 @@ class Session:
     def __init__(
         self, channel: socket.socket, context: zmq.Context[zmq.Socket[bytes]], dealer: zmq.Socket[bytes]
     ) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal handler may make a call in the middle of one
         self.on_stray: Callable[[int, Answer | None], None] = lambda call_id, answer: None
         self.epoch = b""
         self.broker_pid = 0
@@ -91,6 +111,7 @@ class Session:
         self._request_ids = count(1)
         self._reader: Pending | None = None
         self._reader_thread = 0
+        self._only_thread: int | None = None  # the one thread that has made calls; 0: there were others
         self._lost: str = ""
         self._is_closed = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -128,6 +149,7 @@ class Session:
         dealer.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
         dealer.setsockopt(zmq.MAXMSGSIZE, MESSAGE_MAX)
         dealer.setsockopt(zmq.RECONNECT_IVL, -1)
+        dealer.setsockopt(zmq.RCVTIMEO, ALONE_MS)
         dealer.connect(f"ipc://{run_directory / BROKER_SOCKET}")
         channel.setblocking(False)
         session = cls(channel, context, dealer)
@@ -162,25 +184,57 @@ class Session:
         Raises:
             Unavailable: the broker is gone, takes no messages, or did not answer in time.
         """
-        call_id = pending.call_id
+        call_id, thread = pending.call_id, get_ident()
+        if thread != self._only_thread:
+            self._note_thread(thread)
         with self.lock:
             if self._lost:
                 self.check()
+            self._calls[call_id] = pending
+            pending.is_sent = True  # before it is: an interrupt may come out of `send` when the message has left
             try:
                 _send(self._dealer, message, _NOBLOCK)
             except zmq.Again:
+                del self._calls[call_id]
+                pending.is_sent = False
                 raise Unavailable(_FULL, began="no") from None
-            self._calls[call_id] = pending
-            pending.is_sent = True
             is_reader = self._reader is None
             if is_reader:
                 self._reader = pending
-                self._reader_thread = get_ident()
+                self._reader_thread = thread
+                if thread == self._only_thread and self._receive_alone(pending, call_id):
+                    return
             # For our own wait; or because sending may have consumed the signal that the reader waits for.
             if int(self._dealer.getsockopt(_EVENTS)) & _POLLIN:
                 self._read_all()
         if not is_reader or not self._read_own(pending, call_id, limit_s * _MS):
             self.wait(pending, limit_s, "an answer by its deadline")
+
+    def _note_thread(self, thread: int) -> None:
+        """Notice that more than one thread uses the session."""
+        self._only_thread = thread if self._only_thread is None else 0
+
+    def _receive_alone(self, pending: Pending, call_id: int) -> bool:
+        """Wait inside libzmq, for a moment, where no other thread has ever used the session. Under the lock.
+
+        The lock is held meanwhile: a second thread that comes along waits for it once, for ALONE_MS at most. Waiting
+        here is cheaper than on libzmq's descriptor.
+
+        Returns:
+            Whether our answer came; else nothing is lost, and the usual way goes on from here.
+        """
+        try:
+            message = self._dealer.recv()
+        except zmq.Again:
+            return False
+        if len(message) != _RESULT_SIZE or (head := _RESULT.unpack(message))[:2] != (_RESULT_HEAD, call_id):
+            self._take(message)
+            return False
+        self._calls.pop(call_id, None)
+        pending.answer = head[1:]
+        pending.is_done = True
+        self._reader = None
+        return True
 
     def leave(self, pending: Pending) -> None:
         """Stop being the reader, where `pending` is. Under the lock."""
@@ -207,6 +261,8 @@ class Session:
             Unavailable: the broker is gone or silent.
         """
         request_id = next(self._request_ids)
+        if get_ident() != self._only_thread:
+            self._note_thread(get_ident())
         message = encode(make(request_id))
         pending = Pending()
         try:
@@ -296,6 +352,7 @@ class Session:
                 return False
             if len(message) != _RESULT_SIZE or (head := _RESULT.unpack(message))[:2] != (_RESULT_HEAD, call_id):
                 self._take(message)
+                self._read_all()  # libzmq's descriptor does not report what came before this look
                 return False
             del self._calls[call_id]
             pending.answer = head[1:]
@@ -321,9 +378,8 @@ class Session:
                 return
             event = pending.event
             if event is None:
-                event = pending.event = threading.Event()
+                event = pending.event = _Bell()
         event.wait(left_s)
-        event.clear()
 
     def _read_until(self, pending: Pending, until_s: float) -> None:
         """Read for all until `pending` is answered or time is up, then leave the reading to another."""

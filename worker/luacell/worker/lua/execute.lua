@@ -10,7 +10,7 @@ local bit = require("bit")
 local cast, copy, fill, C = ffi.cast, ffi.copy, ffi.fill, ffi.C
 local band, rshift = bit.band, bit.rshift
 local xpcall, pcall, type, tostring, tonumber, rawequal, error = xpcall, pcall, type, tostring, tonumber, rawequal, error
-local sub, traceback = string.sub, debug.traceback
+local sub, traceback, floor, stderr = string.sub, debug.traceback, math.floor, io.stderr
 
 ffi.cdef [[
 typedef struct {
@@ -35,6 +35,7 @@ local HAS_ARGS, HAS_OUT = 1, 2
 local PAYLOAD, WITHDRAWN = 128, 64
 local ERROR_TEXT_MAX = 4096 -- bytes
 local MESSAGE_MAX = 3072 -- of these for the message, so that a traceback fits behind it
+local TRUNCATED = " … (truncated)"
 local TIMER_SLACK_NS = 1e9 -- the worker's own timer fires this long after the limit, when the broker has not
 local TIMER_STEP_NS = 1e8 -- and is set anew only when it moves by more than this
 local CLOCK_MONOTONIC, ITIMER_REAL = 1, 0
@@ -65,8 +66,8 @@ local function barrier()
 end
 
 local function set_timer(delay_ns)
-  local delay_us = math.floor(delay_ns / 1000)
-  timer.value_s = math.floor(delay_us / 1000000)
+  local delay_us = floor(delay_ns / 1000)
+  timer.value_s = floor(delay_us / 1000000)
   timer.value_us = delay_us % 1000000
   C.luacell_timer(ITIMER_REAL, timer, nil)
 end
@@ -91,10 +92,13 @@ end
 
 local function cut(text, length)
   if #text <= length then return text end
-  return sub(text, 1, length - 14) .. " … (truncated)"
+  return sub(text, 1, length - #TRUNCATED) .. TRUNCATED
 end
 
+local failure = {} -- what luacell.fail raises; its code and text are kept outside, where contracts cannot alter them
+
 local function described(value)
+  if rawequal(value, failure) then return chosen_text end
   local kind = type(value)
   if kind == "string" then return value end
   if kind == "number" or kind == "boolean" or kind == "nil" then return tostring(value) end
@@ -103,14 +107,13 @@ local function described(value)
   return "(error object of type " .. kind .. ")"
 end
 
-local failure = {} -- what luacell.fail raises; its code and text are kept outside, where contracts cannot alter them
-
+-- The traceback is made apart from the text: what stands behind a zero byte would be lost to it.
 local function handler(value)
   handled = true
   if rawequal(value, failure) then return chosen_text end
   chosen_code = nil -- an earlier luacell.fail was caught by the contract
   local text = "Lua exception: " .. cut(described(value), MESSAGE_MAX)
-  return cut(traceback(text, 2), ERROR_TEXT_MAX)
+  return cut(text .. traceback("", 2), ERROR_TEXT_MAX)
 end
 
 local function fail(code, message)
@@ -152,7 +155,7 @@ end
 
 local function warn_of_result(value)
   warned = true
-  io.stderr:write("luacell: the contract returned a ", type(value), ", which raw contracts' callers never see: write to out\n")
+  stderr:write("luacell: the contract returned a ", type(value), ", which raw contracts' callers never see: write to out\n")
 end
 
 -- Run one call. Returns false when the pair of segments is unknown, and true when an answer is in place.

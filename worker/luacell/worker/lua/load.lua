@@ -35,15 +35,16 @@ local function offer_modules(sources)
 end
 
 -- `function … end` is an expression, `return function … end` a statement: the first form is tried first. When neither
--- parses, the second form's message is the one that fits a whole file.
+-- parses, the second form's message is the one that fits a whole file. Parentheses keep an expression that is a call
+-- from being a tail call, which would cost its errors their line.
 local function compiled(source, chunk_name)
-  local chunk = load("return " .. source, chunk_name, "t")
+  local chunk = load("return (" .. source .. "\n)", chunk_name, "t") or load("return " .. source, chunk_name, "t")
   if chunk then return chunk end
   return load(source, chunk_name, "t")
 end
 
 local function handler(value)
-  return cut(traceback(cut(described(value), REASON_MAX - 1024), 2), REASON_MAX)
+  return cut(cut(described(value), REASON_MAX - 1024) .. traceback("", 2), REASON_MAX)
 end
 
 -- Returns problem ("", "type" or "load") and reason.

@@ -1,0 +1,316 @@
+"""Worker hosts and workers as the simulation has them: each step of `execute.lua` is an event, and may be the last.
+
+A worker marks `begun`, looks at its deadline and at `withdrawn`, runs the call, writes the result, marks `done`, and
+only then sends DONE. What it has sent when it dies may arrive, also late, or be lost.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from luacell.broker.causes import SIGALRM, SIGKILL, Cause
+from luacell.protocol.headers import NOT_BEGUN, RETIRE, Done
+from luacell.protocol.limits import NS_PER_MS, NS_PER_S, NS_PER_US
+from tests.broker.simulated_memory import Slot
+from tests.broker.simulated_time import Act, Wire
+
+if TYPE_CHECKING:
+    from tests.broker.simulation import Simulation
+
+TIMER_SLACK_NS = NS_PER_S
+CONTRACT_FAILED, OUT_OF_MEMORY = 102, 258
+CAUSES = (Cause(signal=11), Cause(signal=6), Cause(signal=SIGKILL), Cause(exit_code=0), Cause(exit_code=7))
+
+# Where a worker can be when it dies; a test sees to it that each of them is hit.
+STEPS = (
+    "starting",
+    "blank",
+    "loading",
+    "idle",
+    "execute under way",
+    "arrived",
+    "begun",
+    "running",
+    "result written",
+    "done written",
+    "answered",
+)
+
+
+@dataclass(slots=True, eq=False)
+class Execute:
+    """One call on its way to a worker."""
+
+    sequence: int
+    deadline_ns: int
+    limit_ns: int
+    generation: int
+    out_size: int
+    slot: Slot
+    is_judged: bool = False  # it was looked at, and is run or refused
+
+
+class SimulatedWorker:
+    """A worker process.
+
+    Attributes:
+        is_spent: it has said that it must not be used again.
+        held: numbers of calls whose slots it may touch: EXECUTE was sent to it, DONE was not sent by it.
+    """
+
+    def __init__(self, world: Simulation, host: SimulatedWorkerHost, worker_id: int) -> None:
+        self.world = world
+        self.id = worker_id
+        self.is_alive = True
+        self.has_channel = True
+        self.is_spent = False
+        self.step = "starting"
+        self.held: set[int] = set()
+        self.inbox = Wire(world.schedule)
+        self.outbox = Wire(world.schedule)
+        self._host = host
+        self._waiting: deque[Act] = deque()
+        self._is_occupied = False
+        self._running: Execute | None = None
+
+    # -- life ---------------------------------------------------------------------------------------------------
+    def start(self) -> None:
+        """Come up, or hang, or die on the way."""
+        if self.world.schedule.chance(self.world.swarm.hang):
+            return
+        self._then("starting", self._quickly(8), self._ready)
+
+    def die(self, cause: Cause) -> None:
+        """End: nothing of this process happens any more, but for what is under way."""
+        if not self.is_alive:
+            return
+        step = "execute under way" if self.step == "idle" and self.held else self.step
+        self.world.auditor.worker_ended(self.id, step, cause)
+        self.is_alive = False
+        self.held.clear()
+        self.outbox.cut(self.world.schedule.rng.randrange(4))
+        self.close_channel()
+        self.world.schedule.after(self._quickly(1), lambda: self.world.server.on_pidfd(self.id))
+        self._host.reap(self, cause)
+
+    def close_channel(self) -> None:
+        """Close the socketpair; a process that dies does so just before."""
+        if self.has_channel:
+            self.has_channel = False
+            self.world.schedule.after(self._quickly(1), lambda: self.world.server.on_channel_closed(self.id))
+
+    def receive(self, act: Act) -> None:
+        """A message is here; it waits until the one before it is done with."""
+        self._waiting.append(act)
+        self._take()
+
+    def _ready(self) -> None:
+        self.step = "blank"
+        self.outbox.send(lambda: self.world.server.on_ready(self.id))
+
+    def _take(self) -> None:
+        if self.is_alive and not self._is_occupied and self._waiting:
+            self._is_occupied = True
+            self._waiting.popleft()()
+
+    def _rest(self, step: str) -> None:
+        self.step = step
+        self._is_occupied = False
+        self._take()
+
+    def _then(self, step: str, delay_ns: int, act: Act) -> None:
+        """Go on after a while, unless this step is the last one."""
+        self.step = step
+        next_ = self._perish if self.world.schedule.chance(self.world.swarm.death) else act
+
+        def go_on() -> None:
+            if self.is_alive:
+                next_()
+
+        self.world.schedule.after(delay_ns, go_on)
+
+    def _perish(self) -> None:
+        self.die(self.world.schedule.rng.choice(CAUSES))
+
+    def _quickly(self, most_ms: int) -> int:
+        return self.world.schedule.between(10 * NS_PER_US, most_ms * NS_PER_MS)
+
+    # -- loading ------------------------------------------------------------------------------------------------
+    def load(self, source: bytes) -> None:
+        """Load a contract; what comes of it is in its source."""
+        schedule, server = self.world.schedule, self.world.server
+        if source == b"hang" or schedule.chance(self.world.swarm.hang):
+            self.step = "loading"
+        elif source == b"crash":
+            self._then("loading", self._quickly(1), self._perish)
+        elif source == b"close":
+            self._then("loading", self._quickly(1), self.close_channel)
+        elif source == b"ready":
+            self._then("loading", self._quickly(1), lambda: self.outbox.send(lambda: server.on_ready(self.id)))
+        else:
+            problem = source.decode() if source in (b"type", b"load") else ""
+            if source == b"flaky" and schedule.chance(0.4):
+                problem = "load"
+            self._then("loading", self._quickly(2), lambda: self._loaded(problem))
+
+    def _loaded(self, problem: str) -> None:
+        self.outbox.send(lambda: self.world.server.on_loaded(self.id, problem))
+        self._rest("idle")
+
+    # -- calls: what execute.lua does -----------------------------------------------------------------------------
+    def execute(self, call: Execute) -> None:
+        """Take a call up."""
+        schedule = self.world.schedule
+        is_stuck = schedule.chance(self.world.swarm.stuck)
+        delay_ns = schedule.between(20 * NS_PER_MS, 900 * NS_PER_MS) if is_stuck else self._quickly(1) // 8
+        self._then("arrived", delay_ns, lambda: self._mark_begun(call))
+
+    def _mark_begun(self, call: Execute) -> None:
+        self.world.auditor.slot_read(self.id, call.slot, call.generation)
+        call.slot.begun = call.sequence
+        self.world.auditor.marked_begun(call.slot.args, True)
+        self._then("begun", self._quickly(1) // 16, lambda: self._judge(call))
+
+    def _judge(self, call: Execute) -> None:
+        call.is_judged = True
+        slot = call.slot
+        if self.world.schedule.now_ns >= call.deadline_ns or slot.withdrawn == call.sequence:
+            slot.begun = 0
+            self.world.auditor.marked_begun(slot.args, False)
+            self._write(call, 0, NOT_BEGUN)
+            return
+        self.world.auditor.began(slot.args, self.id, call.deadline_ns)
+        self._running = call
+        self.world.schedule.after(call.limit_ns + TIMER_SLACK_NS, lambda: self._alarm(call))
+        self._run(call)
+
+    def _alarm(self, call: Execute) -> None:
+        if self._running is call:
+            self.die(Cause(signal=SIGALRM))
+
+    def _run(self, call: Execute) -> None:
+        """Be a contract: fine, slow, endless, broken or hostile."""
+        schedule, swarm = self.world.schedule, self.world.swarm
+        run_ns = self._quickly(3)
+        code = flags = 0
+        if schedule.chance(swarm.slow):
+            run_ns = schedule.between(10 * NS_PER_MS, 400 * NS_PER_MS)
+        if schedule.chance(swarm.hostile):
+            self._misbehave(call)
+        if schedule.chance(swarm.failing):
+            code, flags = schedule.rng.choice(((CONTRACT_FAILED, 0), (OUT_OF_MEMORY, RETIRE)))
+        if schedule.chance(swarm.endless):
+            self.step = "running"
+        else:
+            self._then("running", run_ns, lambda: self._write(call, code, flags))
+
+    def _misbehave(self, call: Execute) -> None:
+        """Do what a contract can do through FFI."""
+        server, rng = self.world.server, self.world.schedule.rng
+        deed = rng.randrange(6)
+        if deed == 0:  # an answer for a call of another worker, or for none
+            forged = Done(max(1, call.sequence + rng.randrange(-5, 5)), 0, call.out_size, 0, 0)
+            if forged.sequence != call.sequence:
+                self.outbox.send(lambda: server.on_done(self.id, forged))
+        elif deed == 1:
+            self.outbox.send(lambda: server.on_ready(self.id))
+        elif deed == 2:
+            self.outbox.send(lambda: server.on_loaded(self.id, rng.choice(("", "load"))))
+        elif deed == 3:
+            self.close_channel()
+        elif deed == 4:  # the mark of an answer before there is one
+            self.world.auditor.lied(call.slot.args)
+            call.slot.code = call.slot.flags = 0
+            call.slot.out_size = 1 << 31
+            call.slot.done = call.sequence
+        else:
+            self._perish()
+
+    def _write(self, call: Execute, code: int, flags: int) -> None:
+        slot = call.slot
+        slot.code, slot.flags = code, flags
+        slot.out_size = 0 if code or flags & NOT_BEGUN else call.out_size
+        slot.error_size = 1 if code else 0
+        slot.out = slot.args
+        self._then("result written", self._quickly(1) // 16, lambda: self._mark_done(call))
+
+    def _mark_done(self, call: Execute) -> None:
+        slot = call.slot
+        slot.done = call.sequence
+        if not slot.flags & NOT_BEGUN:
+            self.world.auditor.finished(slot.args, slot.code)
+        self._then("done written", self._quickly(1) // 16, lambda: self._answer(call))
+
+    def _answer(self, call: Execute) -> None:
+        slot = call.slot
+        done = Done(call.sequence, slot.code, slot.out_size, slot.error_size, slot.flags)
+        self._running = None
+        self.is_spent = bool(slot.flags & RETIRE)
+        self.held.discard(slot.args)
+        self.outbox.send(lambda: self.world.server.on_done(self.id, done))
+        if self.world.schedule.chance(self.world.swarm.hostile / 8):  # twice
+            self.outbox.send(lambda: self.world.server.on_done(self.id, done))
+        if self.world.schedule.chance(self.world.swarm.death):
+            self.step = "answered"
+            self._perish()
+        else:
+            self._rest("idle")
+
+
+class SimulatedWorkerHost:
+    """The process that forks, kills and reaps workers; they do not outlive it."""
+
+    def __init__(self, world: Simulation) -> None:
+        self.world = world
+        self.is_alive = True
+        self.orders = Wire(world.schedule)
+        self.reports = Wire(world.schedule)
+        self._workers: dict[int, SimulatedWorker] = {}
+
+    def start(self, worker_id: int) -> None:
+        """Fork, if that works."""
+        if not self.is_alive:
+            return
+        if self.world.schedule.chance(self.world.swarm.hang):
+            problem = Cause(problem="a worker could not be started: Cannot allocate memory")
+            self.reports.send(lambda: self.world.server.on_exited(worker_id, problem))
+            return
+        worker = self._workers[worker_id] = SimulatedWorker(self.world, self, worker_id)
+        self.world.workers[worker_id] = worker
+        self.reports.send(lambda: self.world.server.on_started(worker))
+        worker.start()
+
+    def kill(self, worker_id: int) -> None:
+        """Send SIGKILL, now or when the machine comes around to it."""
+        schedule = self.world.schedule
+        worker = self._workers.get(worker_id)
+        if not self.is_alive or worker is None:
+            return
+        low_ns, high_ns = (0, 2 * NS_PER_MS)
+        if schedule.chance(self.world.swarm.slow_kill):
+            low_ns, high_ns = (50 * NS_PER_MS, 3 * NS_PER_S)
+        schedule.after(schedule.between(low_ns, high_ns), lambda: worker.die(Cause(signal=SIGKILL)))
+
+    def reap(self, worker: SimulatedWorker, cause: Cause) -> None:
+        """A child is dead: report how."""
+        self._workers.pop(worker.id, None)
+        if self.is_alive:
+            delay_ns = self.world.schedule.between(0, NS_PER_MS)
+            self.world.schedule.after(delay_ns, lambda: self._report(worker.id, cause))
+
+    def _report(self, worker_id: int, cause: Cause) -> None:
+        if self.is_alive:
+            self.reports.send(lambda: self.world.server.on_exited(worker_id, cause))
+
+    def die(self) -> None:
+        """End, and all workers with it."""
+        if not self.is_alive:
+            return
+        self.is_alive = False
+        self.reports.send(lambda: self.world.server.on_worker_host_gone(self))
+        schedule = self.world.schedule
+        for worker in list(self._workers.values()):
+            schedule.after(schedule.between(0, 2 * NS_PER_MS), partial(worker.die, Cause(signal=SIGKILL)))

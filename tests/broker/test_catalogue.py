@@ -1,0 +1,439 @@
+import pytest
+
+from luacell.broker import catalogue as catalogue_module
+from luacell.broker.causes import UNKNOWN, Cause
+from luacell.broker.model import DOOMED, KillWorker, LoadWorker, Record, SendReply, StartWorker
+from luacell.protocol.errors import AbiErrorCode
+from luacell.protocol.limits import NS_PER_MS, QUEUE_MAX
+from tests.broker.bench import CONTRACT, HOST, KILLED, OTHER_HOST, SEGFAULT, Bench
+
+LONG_US = 60_000_000
+
+
+# -- registration -----------------------------------------------------------------------------------------------
+def test_a_contract_is_served_once_it_has_loaded() -> None:
+    bench = Bench()
+    request = bench.register()
+    assert not bench.has(SendReply)
+    assert CONTRACT not in bench.catalogue.serving
+    worker = bench.ready()
+    bench.loaded(worker)
+    assert bench.only(SendReply) == SendReply(request)
+    assert bench.catalogue.serving[CONTRACT].idle == [worker]
+    assert len(bench.registry) == 1
+
+
+def test_a_chunk_that_does_not_load_is_not_registered() -> None:
+    bench = Bench()
+    request = bench.register()
+    worker = bench.ready()
+    bench.loaded(worker, "load", "f.lua:1: syntax error")
+    reply = bench.only(SendReply)
+    assert (reply.request, reply.kind) == (request, "VmRegistrationFailed")
+    assert reply.reason == "f.lua:1: syntax error"
+    assert bench.only(KillWorker).worker is worker
+    assert not bench.catalogue.serving
+    assert len(bench.registry) == 0
+
+
+def test_a_chunk_that_gives_no_function_is_a_type_mismatch() -> None:
+    bench = Bench()
+    bench.register()
+    bench.loaded(bench.ready(), "type", "table")
+    assert bench.only(SendReply).kind == "TypeMismatch"
+    assert bench.only(SendReply).reason == "table"
+
+
+def test_an_id_is_taken_while_it_is_served_or_being_registered() -> None:
+    bench = Bench()
+    bench.register()
+    bench.register()
+    assert bench.only(SendReply).kind == "DuplicateContract"
+    bench.register(replace=True)
+    assert bench.only(SendReply).kind == "DuplicateContract"
+    bench.loaded(bench.ready())
+    bench.register()
+    assert bench.only(SendReply).code is AbiErrorCode.DUPLICATE_PROVIDER
+
+
+def test_an_id_is_free_again_after_a_failed_registration() -> None:
+    bench = Bench()
+    bench.register()
+    bench.loaded(bench.ready(), "load", "no")
+    bench.serve()
+
+
+def test_the_registry_counts_registrations_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue_module, "CONTRACTS_MAX", 2)
+    bench = Bench()
+    bench.serve(1)
+    bench.register(2)
+    bench.register(3)
+    assert bench.only(SendReply).code is AbiErrorCode.BUSY
+    assert "2 contracts" in bench.only(SendReply).reason
+    bench.register(1, replace=True)
+    assert not bench.has(SendReply), "that is none more"
+
+
+@pytest.mark.parametrize("level", ["hardened", "untrusted", "none"])
+def test_a_sandbox_that_is_not_there_is_refused(level: str) -> None:
+    bench = Bench()
+    bench.register(sandbox=level)
+    assert bench.only(SendReply).code is AbiErrorCode.BAD_REQUEST
+    assert level in bench.only(SendReply).reason
+
+
+def test_state_lives_in_one_worker() -> None:
+    bench = Bench()
+    bench.register(workers=2)
+    assert bench.only(SendReply).code is AbiErrorCode.BAD_REQUEST
+    bench.register(workers=2, stateless=True)
+    assert not bench.has(SendReply)
+
+
+def test_a_registration_that_gets_no_worker_fails_after_its_limit() -> None:
+    bench = Bench(has_worker_host=False)
+    bench.register()
+    bench.pass_ms(10_990)
+    assert not bench.effects
+    bench.pass_ms(20)
+    assert bench.only(SendReply).kind == "VmRegistrationFailed"
+    assert "11 s" in bench.only(SendReply).reason
+    assert not bench.workforce.waiting
+    assert bench.dispatcher.next_deadline() is None
+
+
+def test_a_load_without_an_end_fails_the_registration() -> None:
+    bench = Bench()
+    bench.ready()
+    bench.register()
+    bench.pass_ms(5_010)
+    assert bench.only(SendReply).reason == "it did not load within 5 s"
+
+
+# -- workers that die or misbehave while loading ------------------------------------------------------------------
+def test_a_death_while_loading_is_tried_again_once() -> None:
+    bench = Bench()
+    bench.register()
+    bench.die(bench.ready(), KILLED)
+    assert not bench.has(SendReply)
+    bench.die(bench.load_start(), SEGFAULT)
+    assert bench.only(SendReply).kind == "VmRegistrationFailed"
+    assert bench.only(SendReply).reason == "the worker died with signal 11 (SIGSEGV) while loading"
+
+
+def test_a_death_while_loading_that_is_tried_again_can_end_well() -> None:
+    bench = Bench()
+    bench.register()
+    bench.die(bench.ready(), KILLED)
+    bench.loaded(bench.load_start())
+    assert bench.only(SendReply).kind == ""
+    assert not bench.catalogue.serving[CONTRACT].died_loading
+
+
+def test_a_worker_host_that_goes_does_not_fail_a_registration() -> None:
+    bench = Bench(spares=0)
+    bench.register()
+    worker = bench.ready()
+    bench.effects = bench.dispatcher.worker_host_left(bench.now_ns)
+    bench.die(worker)
+    assert not bench.has(SendReply)
+    bench.join_worker_host()
+    bench.load_next()
+    assert bench.only(SendReply).kind == ""
+
+
+def test_a_worker_that_closes_its_channel_while_loading_fails_the_load() -> None:
+    bench = Bench()
+    bench.register()
+    worker = bench.ready()
+    bench.lose(worker)
+    assert bench.only(SendReply).reason == "it closed its descriptors"
+    bench.die(worker, KILLED)
+    assert not bench.has(SendReply)
+    assert not bench.has(LoadWorker)
+
+
+def test_a_load_that_nobody_asked_for_costs_the_worker() -> None:
+    bench = Bench()
+    blank = bench.ready()
+    bench.loaded(blank)
+    assert bench.only(KillWorker).worker is blank
+    worker = bench.serve()
+    bench.loaded(worker)
+    assert bench.only(KillWorker).worker is worker
+
+
+# -- contracts that no longer load --------------------------------------------------------------------------------
+def test_calls_of_a_contract_that_no_longer_loads_fail_and_so_do_others_until_its_back_off_is_over() -> None:
+    bench = Bench()
+    bench.die(bench.serve(), KILLED)
+    call = bench.call()
+    bench.loaded(bench.load_start(), "type", "table")
+    assert bench.failure.call_id == call.header.call_id
+    assert (bench.failure.kind, bench.failure.slot) == ("ContractLoadFailed", "free")
+    assert "the chunk gave a Lua table, no function" in bench.failure.message
+    bench.send(bench.header())
+    assert (bench.failure.kind, bench.failure.slot) == ("ContractLoadFailed", "unused")
+    bench.pass_ms(11)
+    bench.call()
+    bench.loaded(bench.load_start())
+    assert bench.catalogue.serving[CONTRACT].failures == 0
+
+
+def test_the_back_off_of_a_contract_doubles() -> None:
+    bench = Bench()
+    bench.die(bench.serve(), KILLED)
+    contract = bench.catalogue.serving[CONTRACT]
+    for wait_ms in (10, 20, 40):
+        bench.call()
+        bench.loaded(bench.load_start(), "load", "oops")
+        assert contract.retry_ns == bench.now_ns + wait_ms * NS_PER_MS
+        bench.pass_ms(wait_ms)
+
+
+def test_a_failed_load_leaves_calls_to_workers_that_are_there() -> None:
+    bench = Bench()
+    bench.serve(workers=2, stateless=True, deadline_us=LONG_US, run_limit_us=LONG_US)
+    running, waiting = bench.call(), bench.call()
+    bench.loaded(bench.load_start(), "load", "oops")
+    assert not bench.catalogue.serving[CONTRACT].queue.is_full
+    bench.done(running)
+    assert bench.sent.call is waiting
+
+
+def test_calls_that_wait_are_a_reason_to_load_again_after_the_back_off() -> None:
+    bench = Bench(spares=2)
+    bench.serve(workers=2, stateless=True, deadline_us=LONG_US, run_limit_us=LONG_US)
+    bench.ready()
+    bench.call()
+    waiting = bench.call()
+    bench.loaded(bench.load_start(), "load", "oops")
+    bench.call()
+    assert not bench.has(LoadWorker), "not before its time"
+    bench.pass_ms(20)
+    bench.loaded(bench.load_start())
+    assert bench.sent.call is waiting
+
+
+def test_a_back_off_does_not_need_another_timer_of_the_contract() -> None:
+    bench = Bench(spares=0)
+    bench.serve(workers=2, stateless=True, deadline_us=LONG_US, run_limit_us=LONG_US)
+    bench.call()
+    bench.pass_ms(5_010)
+    waiting = bench.call()
+    bench.loaded(bench.load_start(), "load", "oops")
+    bench.pass_ms(20)
+    bench.load_next()
+    assert bench.sent.call is waiting
+
+
+def test_a_contract_that_kills_its_loaders_backs_off_too() -> None:
+    bench = Bench()
+    bench.die(bench.serve(), KILLED)
+    bench.call()
+    bench.die(bench.load_start(), Cause(exit_code=0))
+    bench.die(bench.load_start(), Cause(exit_code=0))
+    assert bench.failure.kind == "ContractLoadFailed"
+    assert bench.catalogue.serving[CONTRACT].retry_ns > bench.now_ns
+
+
+def test_a_contract_whose_loaders_close_their_channel_backs_off_too() -> None:
+    bench = Bench()
+    bench.die(bench.serve(), KILLED)
+    bench.call()
+    bench.lose(bench.load_start())
+    assert bench.failure.kind == "ContractLoadFailed"
+    assert bench.catalogue.serving[CONTRACT].retry_ns > bench.now_ns
+
+
+# -- workers for calls ------------------------------------------------------------------------------------------
+def test_a_contract_that_nobody_calls_keeps_no_worker() -> None:
+    bench = Bench(spares=0)
+    worker = bench.serve()
+    bench.pass_ms(5_010)
+    assert bench.only(KillWorker).worker is worker
+    assert bench.dispatcher.next_deadline() is None
+    bench.call()
+    bench.load_next()
+    assert bench.sent.call is bench.call_of(bench.sent.call.header.call_id)
+
+
+def test_a_contract_that_was_called_keeps_its_worker() -> None:
+    bench = Bench(spares=0)
+    worker = bench.serve()
+    bench.done(bench.call())
+    bench.pass_ms(60_000)
+    assert not bench.has(KillWorker)
+    assert bench.catalogue.serving[CONTRACT].idle == [worker]
+
+
+def test_calls_that_wait_get_as_many_workers_as_the_contract_may_have() -> None:
+    bench = Bench(spares=0)
+    bench.serve(workers=3, stateless=True, deadline_us=LONG_US, run_limit_us=LONG_US)
+    for _ in range(5):
+        bench.call()
+    for _ in range(2):
+        bench.load_next()
+    contract = bench.catalogue.serving[CONTRACT]
+    assert (len(contract.workers), len(contract.queue)) == (3, 2)
+    assert not bench.workforce.waiting
+
+
+def test_workers_are_ordered_one_after_the_other_without_waiting_for_loads() -> None:
+    bench = Bench(spares=0)
+    bench.serve(workers=3, stateless=True, deadline_us=LONG_US, run_limit_us=LONG_US)
+    for _ in range(3):
+        bench.call()
+    bench.ready()
+    bench.only(LoadWorker)
+    bench.only(StartWorker)
+
+
+# -- replacement ------------------------------------------------------------------------------------------------
+def test_a_contract_is_replaced_when_its_successor_has_loaded() -> None:
+    bench = Bench()
+    old = bench.serve()
+    bench.register(replace=True)
+    assert bench.catalogue.serving[CONTRACT].idle == [old], "it serves meanwhile"
+    new = bench.load_next()
+    assert bench.only(KillWorker).worker is old
+    assert bench.catalogue.serving[CONTRACT].idle == [new]
+    assert len(bench.registry) == 1
+
+
+def test_a_successor_that_does_not_load_changes_nothing() -> None:
+    bench = Bench()
+    old = bench.serve()
+    bench.register(replace=True)
+    bench.loaded(bench.load_start(), "load", "oops")
+    assert bench.catalogue.serving[CONTRACT].idle == [old]
+
+
+def test_a_successor_takes_over_the_queue_and_the_running_call_ends_where_it_is() -> None:
+    bench = Bench()
+    old = bench.serve(deadline_us=LONG_US, run_limit_us=LONG_US)
+    running, first, second = bench.call(), bench.call(), bench.call()
+    new = bench.serve(replace=True, deadline_us=LONG_US, run_limit_us=LONG_US)
+    assert bench.sent == (new, first)
+    assert not bench.has(KillWorker)
+    bench.done(running)
+    assert bench.result.call is running
+    assert bench.only(KillWorker).worker is old
+    bench.done(first)
+    assert bench.sent == (new, second)
+
+
+def test_a_queue_that_is_over_full_is_taken_over_whole() -> None:
+    bench = Bench()
+    old = bench.serve(deadline_us=LONG_US, run_limit_us=LONG_US)
+    running = bench.call()
+    for _ in range(QUEUE_MAX):
+        bench.call(host=OTHER_HOST)
+    bench.register(replace=True, deadline_us=LONG_US, run_limit_us=LONG_US)
+    new = bench.load_start()
+    bench.die(old, KILLED)
+    assert len(bench.catalogue.serving[CONTRACT].queue) == QUEUE_MAX + 1, "the one that was not begun is back"
+    bench.loaded(new)
+    assert bench.sent == (new, running)
+    assert len(bench.catalogue.serving[CONTRACT].queue) == QUEUE_MAX
+
+
+def test_a_successor_gets_the_workers_that_its_inherited_calls_need() -> None:
+    bench = Bench(spares=0)
+    bench.serve(deadline_us=LONG_US, run_limit_us=LONG_US)
+    for _ in range(4):
+        bench.call()
+    bench.serve(replace=True, workers=2, stateless=True, deadline_us=LONG_US, run_limit_us=LONG_US)
+    bench.only(StartWorker)
+
+
+def test_a_contract_that_is_unregistered_while_its_successor_loads_is_succeeded_nevertheless() -> None:
+    bench = Bench()
+    bench.serve()
+    bench.register(replace=True)
+    bench.unregister()
+    assert CONTRACT not in bench.catalogue.serving
+    new = bench.load_next()
+    assert bench.catalogue.serving[CONTRACT].idle == [new]
+
+
+def test_what_is_private_to_one_host_is_not_replaced_by_another_nor_hides_what_is_public() -> None:
+    bench = Bench()
+    bench.serve(1, HOST, private=True)
+    bench.serve(2)
+    bench.register(1, OTHER_HOST, replace=True, private=True)
+    assert bench.only(SendReply).kind == "DuplicateContract"
+    bench.register(1, OTHER_HOST, replace=True)
+    assert bench.only(SendReply).kind == "DuplicateContract"
+    bench.register(2, HOST, replace=True, private=True)
+    assert bench.only(SendReply).kind == "DuplicateContract"
+    bench.register(1, HOST, replace=True, private=True)
+    assert not bench.has(SendReply)
+
+
+# -- removal ----------------------------------------------------------------------------------------------------
+def test_an_unregistered_contract_lets_its_idle_worker_go() -> None:
+    bench = Bench(spares=0)
+    worker = bench.serve()
+    bench.unregister()
+    assert bench.only(KillWorker).worker is worker
+    assert worker.state is DOOMED
+    assert len(bench.registry) == 0
+    assert bench.only(Record).event == "contract unregistered"
+    assert bench.dispatcher.next_deadline() is None
+
+
+def test_a_contract_that_is_not_there_is_not_unregistered() -> None:
+    assert Bench().unregister() == []
+
+
+def test_a_worker_that_loads_an_unregistered_contract_goes_too() -> None:
+    bench = Bench()
+    bench.die(bench.serve(), KILLED)
+    bench.call()
+    worker = bench.load_start()
+    bench.unregister()
+    assert bench.only(KillWorker).worker is worker
+    assert bench.failure.code is AbiErrorCode.HOST_CONTRACT_NOT_FOUND
+    bench.loaded(worker)
+    bench.die(worker, KILLED)
+    assert not bench.has(LoadWorker)
+
+
+def test_an_unregistered_contract_waits_for_no_worker() -> None:
+    bench = Bench(spares=0)
+    bench.die(bench.serve(), KILLED)
+    bench.call()
+    assert bench.workforce.waiting
+    bench.unregister()
+    assert not bench.workforce.waiting
+
+
+def test_private_contracts_go_with_their_host() -> None:
+    bench = Bench()
+    worker = bench.serve(1, HOST, private=True)
+    bench.serve(2, HOST)
+    bench.register(3, HOST, private=True)
+    bench.register(4, HOST)
+    bench.leave(HOST)
+    assert worker.state is DOOMED
+    assert set(bench.catalogue.serving) == {2}
+    assert set(bench.catalogue.pending) == {4}
+
+
+def test_a_private_contract_is_unknown_to_other_hosts() -> None:
+    bench = Bench()
+    bench.serve(1, HOST, private=True)
+    header = bench.header(1, OTHER_HOST)
+    bench.send(header, OTHER_HOST)
+    assert bench.failure.code is AbiErrorCode.HOST_CONTRACT_NOT_FOUND
+    assert bench.call(1, HOST)
+
+
+def test_nobody_asks_for_a_cause_that_is_not_known() -> None:
+    bench = Bench()
+    bench.register()
+    bench.die(bench.ready(), UNKNOWN)
+    bench.die(bench.load_start(), UNKNOWN)
+    assert bench.only(SendReply).reason == "the worker died with an unknown cause while loading"

@@ -1,0 +1,275 @@
+import pytest
+
+from luacell.broker import workforce as workforce_module
+from luacell.broker.causes import Cause
+from luacell.broker.model import BLANK, DOOMED, LOADING, STARTING, KillWorker, LoadWorker, Record, StartWorker
+from luacell.broker.workforce import BACKOFF_MAX_NS, STARTS_AT_ONCE_MAX, backoff_ns
+from luacell.protocol.limits import NS_PER_MS, WORKERS_MAX
+from tests.broker.bench import CONTRACT, KILLED, Bench, of_kind
+
+NOT_STARTED = Cause(problem="a worker could not be started: Cannot allocate memory")
+
+
+def test_backoff_doubles_from_ten_milliseconds_to_five_seconds() -> None:
+    assert [backoff_ns(failures) // NS_PER_MS for failures in (1, 2, 3)] == [10, 20, 40]
+    assert backoff_ns(10) == backoff_ns(10_000) == BACKOFF_MAX_NS
+
+
+# -- starts -----------------------------------------------------------------------------------------------------
+def test_nothing_is_started_before_a_worker_host_is_there() -> None:
+    bench = Bench(spares=3, has_worker_host=False)
+    bench.register()
+    assert not bench.has(StartWorker)
+    assert len(bench.join_worker_host()) == 4, "three spares, and one for the contract"
+
+
+def test_spares_are_kept() -> None:
+    bench = Bench(spares=2)
+    assert bench.workforce.starting_count == 2
+    bench.ready()
+    bench.ready()
+    assert len(bench.workforce.blank) == 2
+    assert not bench.has(StartWorker)
+
+
+def test_a_spare_that_is_used_is_replaced_before_the_contract_has_loaded() -> None:
+    bench = Bench(spares=1)
+    bench.ready()
+    bench.register()
+    assert bench.only(LoadWorker).worker is bench.worker(0)
+    assert bench.only(StartWorker).worker is bench.worker(1)
+
+
+def test_without_spares_a_worker_is_started_when_a_contract_needs_it() -> None:
+    bench = Bench(spares=0)
+    assert not bench.workforce.by_id
+    bench.register()
+    bench.only(StartWorker)
+    bench.ready()
+    bench.only(LoadWorker)
+
+
+def test_no_more_workers_start_at_once_than_the_bound() -> None:
+    bench = Bench(spares=20)
+    assert bench.workforce.starting_count == STARTS_AT_ONCE_MAX
+    bench.ready()
+    assert bench.workforce.starting_count == STARTS_AT_ONCE_MAX
+
+
+def test_there_are_never_more_workers_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workforce_module, "WORKERS_MAX", 2)
+    bench = Bench(spares=5)
+    assert len(bench.workforce.by_id) == 2 < WORKERS_MAX
+    bench.ready()
+    bench.ready()
+    assert not bench.has(StartWorker)
+
+
+def test_worker_numbers_and_routing_ids_are_never_used_twice() -> None:
+    bench = Bench(spares=1)
+    seen = set()
+    for _ in range(5):
+        worker = bench.worker()
+        assert bench.workforce.by_routing_id[worker.routing_id] is worker
+        seen |= {worker.id, worker.routing_id}
+        bench.die(worker)
+        bench.pass_ms(6_000)
+    assert len(seen) == 10
+
+
+def test_a_worker_that_does_not_become_ready_is_killed_and_replaced() -> None:
+    bench = Bench(spares=1)
+    worker = bench.worker()
+    bench.pass_ms(4_990)
+    assert not bench.effects
+    bench.pass_ms(20)
+    assert bench.only(KillWorker).worker is worker
+    assert worker.verdict == "it did not start within 5 s"
+    bench.pass_ms(20)
+    assert bench.only(StartWorker).worker is not worker
+
+
+def test_a_late_report_of_readiness_helps_a_doomed_worker_no_more() -> None:
+    bench = Bench(spares=1)
+    worker = bench.worker()
+    bench.pass_ms(5_010)
+    bench.ready(worker)
+    assert not bench.effects
+    assert not bench.workforce.blank
+
+
+def test_a_worker_that_is_ready_is_not_overdue() -> None:
+    bench = Bench(spares=1)
+    bench.ready()
+    assert bench.dispatcher.next_deadline() is None
+    bench.pass_ms(60_000)
+    assert not bench.effects
+
+
+# -- starts that fail -------------------------------------------------------------------------------------------
+def test_failed_starts_back_off() -> None:
+    bench = Bench(spares=1)
+    for wait_ms in (10, 20, 40):
+        bench.die(bench.worker(), NOT_STARTED)
+        assert not bench.has(StartWorker)
+        bench.pass_ms(wait_ms - 1)
+        assert not bench.has(StartWorker)
+        bench.pass_ms(10)
+        bench.only(StartWorker)
+
+
+def test_a_worker_that_is_doomed_while_it_starts_counts_as_a_failed_start() -> None:
+    bench = Bench(spares=1)
+    bench.lose(bench.worker())
+    assert not bench.has(StartWorker)
+    bench.die(bench.worker())
+    assert not bench.has(StartWorker)
+    bench.pass_ms(15)
+    bench.only(StartWorker)
+
+
+def test_starts_that_fail_together_count_once() -> None:
+    bench = Bench(spares=8)
+    for worker in list(bench.workforce.by_id.values()):
+        bench.die(worker, NOT_STARTED)
+    bench.pass_ms(15)
+    assert len(of_kind(bench.effects, StartWorker)) == 8
+
+
+def test_a_worker_that_becomes_ready_ends_the_backing_off() -> None:
+    bench = Bench(spares=1)
+    for wait_ms in (15, 25, 45):
+        bench.die(bench.worker(), NOT_STARTED)
+        bench.pass_ms(wait_ms)
+    spare = bench.ready()
+    bench.die(spare)
+    bench.die(bench.worker(), NOT_STARTED)
+    bench.pass_ms(15)
+    bench.only(StartWorker)
+
+
+def test_a_new_worker_host_ends_the_backing_off() -> None:
+    bench = Bench(spares=1)
+    bench.die(bench.worker(), NOT_STARTED)
+    assert len(bench.join_worker_host()) == 1
+
+
+# -- deaths -----------------------------------------------------------------------------------------------------
+def test_a_spare_that_dies_is_replaced() -> None:
+    bench = Bench(spares=1)
+    spare = bench.ready()
+    bench.die(spare, KILLED)
+    assert not bench.workforce.blank
+    bench.only(StartWorker)
+
+
+def test_a_spare_that_closes_its_channel_is_killed_and_replaced_at_once() -> None:
+    bench = Bench(spares=1)
+    spare = bench.ready()
+    bench.lose(spare)
+    assert bench.only(KillWorker).worker is spare
+    assert not bench.workforce.blank
+    bench.only(StartWorker)
+
+
+def test_a_death_is_ordered_once() -> None:
+    bench = Bench(spares=1)
+    spare = bench.ready()
+    bench.lose(spare)
+    bench.lose(spare)
+    assert not bench.effects
+
+
+def test_a_worker_that_reports_readiness_twice_is_killed() -> None:
+    bench = Bench(spares=1)
+    spare = bench.ready()
+    bench.ready(spare)
+    bench.only(KillWorker)
+    assert spare.verdict == "it reported readiness twice"
+
+
+def test_deaths_are_counted_by_cause_and_recorded() -> None:
+    bench = Bench(spares=1)
+    spare = bench.ready()
+    bench.die(spare, KILLED)
+    assert bench.workforce.deaths == {"SIGKILL": 1}
+    record = bench.only(Record)
+    assert (record.level, record.event) == ("warning", "worker died")
+    assert record.fields["state"] == "blank"
+    assert record.fields["contract"] is None
+
+
+def test_an_ordered_death_is_no_warning() -> None:
+    bench = Bench()
+    worker = bench.serve()
+    bench.lose(worker)
+    bench.die(worker, KILLED)
+    record = bench.only(Record)
+    assert record.level == "info"
+    assert record.fields["contract"] == "0x0000000000000001"
+    assert record.fields["verdict"] == "it closed its descriptors"
+
+
+# -- contracts that wait ----------------------------------------------------------------------------------------
+def test_contracts_get_workers_in_the_order_in_which_they_asked() -> None:
+    bench = Bench(spares=0)
+    for contract_id in (3, 1, 2):
+        bench.register(contract_id)
+    got = []
+    for _ in range(3):
+        bench.ready()
+        got.append(bench.only(LoadWorker).record.id)
+    assert got == [3, 1, 2]
+
+
+def test_a_contract_whose_calls_have_expired_gets_no_worker() -> None:
+    bench = Bench(spares=0)
+    bench.die(bench.serve(), KILLED)
+    bench.call(budget_us=10_000)
+    bench.pass_ms(20)
+    worker = bench.ready()
+    assert not bench.has(LoadWorker)
+    assert list(bench.workforce.blank) == [worker]
+
+
+def test_a_worker_that_does_not_load_in_time_is_killed() -> None:
+    bench = Bench(spares=1)
+    worker = bench.ready()
+    bench.register()
+    assert worker.state is LOADING
+    bench.pass_ms(5_010)
+    assert worker in [effect.worker for effect in of_kind(bench.effects, KillWorker)]
+    assert worker.verdict == "it did not load within 5 s"
+
+
+# -- the worker host --------------------------------------------------------------------------------------------
+def test_without_its_worker_host_no_worker_is_of_use() -> None:
+    bench = Bench(spares=1)
+    idle = bench.serve()
+    blank = bench.ready()
+    assert blank.state is BLANK
+    bench.effects = bench.dispatcher.worker_host_left(bench.now_ns)
+    assert {worker.state for worker in bench.workforce.by_id.values()} == {DOOMED}
+    assert not bench.has(KillWorker), "nobody could do it; the kernel does"
+    assert not bench.workforce.blank
+    assert not bench.catalogue.serving[CONTRACT].idle
+    bench.call()
+    assert not bench.has(StartWorker)
+    bench.die(idle)
+    bench.die(blank)
+    assert len(bench.join_worker_host()) == 2, "a spare, and one for the call"
+    assert {worker.state for worker in bench.workforce.by_id.values()} == {STARTING}
+
+
+def test_calls_that_wait_when_the_worker_host_goes_get_a_worker_of_the_next_one() -> None:
+    bench = Bench(spares=0)
+    worker = bench.serve(deadline_us=60_000_000, run_limit_us=60_000_000)
+    bench.call()
+    waiting = bench.call()
+    bench.lose(worker)
+    bench.ready()
+    bench.effects = bench.dispatcher.worker_host_left(bench.now_ns)
+    bench.effects = bench.dispatcher.worker_host_left(bench.now_ns)
+    bench.join_worker_host()
+    bench.load_next()
+    assert bench.sent.call is waiting

@@ -1,0 +1,69 @@
+"""Every fault is thrown twice: alone, and beside a healthy contract under load, which must not notice."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from luacell.client import LuaFunction, LuaHostBridge
+from tests.support.contracts import DOUBLE, HEALTHY, PROBE, answers, deploy, function
+
+DEADLINE = "300ms"
+Thrower = Callable[..., str]
+
+
+@pytest.fixture(params=["alone", "under load"])
+def load(request: pytest.FixtureRequest, bridge: LuaHostBridge) -> Iterator[None]:
+    bridge.register_host_contract(HEALTHY, LuaFunction(DOUBLE))
+    assert answers(bridge, HEALTHY)
+    if request.param == "alone":
+        yield
+    else:
+        with Load(bridge) as load:
+            yield
+        assert load.failures == []
+        assert load.count > 0
+    assert answers(bridge, HEALTHY)
+
+
+class Load:
+    """One thread that calls the healthy contract and checks every answer."""
+
+    def __init__(self, bridge: LuaHostBridge) -> None:
+        self.count = 0
+        self.failures: list[object] = []
+        self._bridge = bridge
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._is_over.is_set():
+            try:
+                if not answers(self._bridge, HEALTHY, self.count):
+                    self.failures.append(self.count)
+            except Exception as error:
+                self.failures.append(error)
+            self.count += 1
+            self._is_over.wait(0.001)  # the fault's own processes need the machine too
+
+
+@pytest.fixture
+def contract(bridge: LuaHostBridge) -> Thrower:
+    """Deploy a contract whose function has the given body; fn 0 only answers 42, so that it shows that it is served."""
+
+    def thrower(body: str, declarations: str = "", **settings: str | int | bool) -> str:
+        source = f'require("ffi").cdef[[{declarations}]]\n' if declarations else ""
+        source += function(f"if fn_id > 0 then {body}\nend\nif out ~= nil then out[0] = 42 end")
+        return deploy(bridge, source, PROBE, **({"deadline": DEADLINE} | settings))
+
+    return thrower

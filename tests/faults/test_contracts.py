@@ -1,0 +1,348 @@
+"""Part C of the catalogue: a contract misbehaves."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import pytest
+
+from luacell.client import (
+    AbiErrorCode,
+    CallError,
+    DeadlineExceeded,
+    HostContractCallFailed,
+    LuaHostBridge,
+    OutOfMemory,
+    VmRegistrationFailed,
+    WorkerCrashed,
+)
+from tests.support.contracts import CALL_FAILED, PROBE, Stopwatch, failure, refusal
+from tests.support.processes import Processes, worker_of
+
+pytestmark = pytest.mark.usefixtures("load")
+
+GRACE_S = 0.25
+LIMIT_S = 0.3  # the fixture's deadline
+Thrower = Callable[..., str]
+
+
+def serves(bridge: LuaHostBridge) -> bool:
+    return bridge.call(PROBE, 0, None, 1, timeout=5) == bytes([42])
+
+
+def crash(bridge: LuaHostBridge, args: bytes | None = None) -> WorkerCrashed:
+    """Call the faulty function, which must cost its worker; the next call must work."""
+    crashed = failure(bridge, PROBE, 1, args=args, out_size=64)
+    assert isinstance(crashed, WorkerCrashed)
+    assert crashed.began == "yes"
+    assert serves(bridge)
+    return crashed
+
+
+def late(bridge: LuaHostBridge) -> None:
+    """Call the faulty function, which must be answered at its deadline; the next call must work."""
+    with Stopwatch() as stopwatch:
+        exceeded = failure(bridge, PROBE, 1, out_size=64)
+    assert isinstance(exceeded, DeadlineExceeded)
+    assert exceeded.began == "yes"
+    assert LIMIT_S <= stopwatch.seconds <= LIMIT_S + GRACE_S
+    assert serves(bridge)
+
+
+def raised(bridge: LuaHostBridge, words: str = "") -> HostContractCallFailed:
+    """Call the faulty function, which must raise; its worker goes on."""
+    serves(bridge)
+    with closing(worker_of(bridge, PROBE)) as worker:
+        error = failure(bridge, PROBE, 1, out_size=64)
+        assert isinstance(error, HostContractCallFailed)
+        assert error.code == CALL_FAILED
+        assert error.message.startswith("Lua exception: ")
+        assert words in error.message
+        assert serves(bridge)
+        assert worker.is_alive
+    return error
+
+
+def returned(bridge: LuaHostBridge, count: int = 1) -> list[int]:
+    """Call the faulty function, which must return; return the int32 values that it wrote behind the first byte."""
+    reply = bridge.call(PROBE, 1, None, 4 + 4 * count, timeout=5)
+    return [int.from_bytes(reply[4 * n : 4 * n + 4], "little", signed=True) for n in range(1, count + 1)]
+
+
+# -- crashes ----
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param("out[1] = ffi.cast('volatile int *', 0)[0]", id="C01"),
+        pytest.param("ffi.cast('int *', 0)[0] = 1", id="C02"),
+        pytest.param("ffi.cast('void (*)(void)', 0)()", id="C03"),
+        pytest.param("ffi.fill(ffi.cast('char *', 0x10000), 1e9, 65)", id="C04"),
+        pytest.param("ffi.fill(ffi.new('char[16]'), 2e9, 65)", id="C05"),
+        pytest.param("ffi.string(ffi.cast('char *', 0xdeadbeef))", id="C06"),
+    ],
+)
+def test_c01_c06_wild_accesses_are_segfaults(bridge: LuaHostBridge, contract: Thrower, body: str) -> None:
+    contract(body)
+    assert crash(bridge).signal == signal.SIGSEGV
+
+
+@pytest.mark.parametrize(
+    ("body", "number"), [("ffi.C.abort()", signal.SIGABRT), ("ffi.C.raise(8)", signal.SIGFPE)], ids=["abort", "raise"]
+)
+def test_c07_abort_and_raise_are_told_by_their_signal(
+    bridge: LuaHostBridge, contract: Thrower, body: str, number: int
+) -> None:
+    contract(body, "void abort(void); int raise(int);")
+    assert crash(bridge).signal == number
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        pytest.param("os.exit(0)", 0, id="C08-os.exit(0)"),
+        pytest.param("os.exit(1)", 1, id="C09-os.exit(1)"),
+        pytest.param("os.exit(true, true)", 0, id="C09-os.exit(true, true)"),
+        pytest.param("ffi.C.exit(7)", 7, id="C10-exit(7)"),
+        pytest.param("ffi.C._exit(0)", 0, id="C11-_exit(0)"),
+    ],
+)
+def test_c08_c11_exits_are_crashes_whatever_the_code(
+    bridge: LuaHostBridge, contract: Thrower, body: str, code: int
+) -> None:
+    contract(body, "void exit(int); void _exit(int);")
+    crashed = crash(bridge)
+    assert (crashed.exit_code, crashed.signal) == (code, None)
+
+
+# -- calls that do not end ----
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param("while true do end", id="C15-empty"),
+        pytest.param("local x = 0 while true do x = (x + 1) % 7 end", id="C16-arithmetic"),
+        pytest.param("while true do pcall(error, 'x') end", id="C17-around pcall"),
+        pytest.param("ffi.C.sleep(60)", id="C18-sleep"),
+        pytest.param("ffi.C.pause()", id="C18-pause"),
+        pytest.param("local ends = ffi.new('int[2]') ffi.C.pipe(ends) ffi.C.read(ends[0], out, 1)", id="C19-read"),
+        pytest.param("string.find(('a'):rep(30), ('a?'):rep(30) .. ('a'):rep(30))", id="C21-backtracking"),
+        pytest.param("string.find(('a'):rep(5000), '.-.-.-.-.-b')", id="C22-lazy repetitions"),
+        pytest.param("(('x'):rep(3e5)):gsub('x*y', '')", id="C23-gsub"),
+        pytest.param("for _ in (('x'):rep(3e5)):gmatch('x*y') do end", id="C24-gmatch"),
+    ],
+)
+def test_c15_c24_endless_calls_are_answered_at_their_deadline(
+    bridge: LuaHostBridge, contract: Thrower, body: str
+) -> None:
+    contract(body, "int sleep(int); int pause(void); int pipe(int *); long read(int, void *, size_t);")
+    late(bridge)
+
+
+# -- memory ----
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param("local s = 'x' while true do s = s .. s end", id="C25"),
+        pytest.param("local t = {} while true do t[#t + 1] = {} end", id="C26"),
+    ],
+)
+def test_c25_c26_memory_bombs_are_out_of_memory(bridge: LuaHostBridge, contract: Thrower, body: str) -> None:
+    contract(body, memory="16MiB", deadline="10s")
+    assert serves(bridge)
+    with closing(worker_of(bridge, PROBE)) as worker:
+        assert isinstance(failure(bridge, PROBE, 1), OutOfMemory)
+        assert worker.ends_within()
+    assert serves(bridge)
+
+
+# -- errors ----
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        pytest.param("local function f() return f() + 1 end f()", "stack overflow", id="C34-recursion"),
+        pytest.param(
+            "local t = setmetatable({}, { __index = function(t, k) return t[k] end }) return t.x",
+            "stack overflow",
+            id="C34-__index",
+        ),
+        pytest.param("local function f(s) return (s:gsub('.', f)) end f('x')", "stack overflow", id="C36-gsub"),
+        pytest.param("assert(load(('('):rep(1e5)))", "syntax levels", id="C38-parentheses"),
+        pytest.param("assert(load('return ' .. ('{'):rep(1e5)))", "syntax levels", id="C38-tables"),
+        pytest.param("unpack({}, 1, 1e7)", "too many results", id="C39-unpack"),
+        pytest.param("string.find('x', ('()'):rep(33))", "too many captures", id="C40-captures"),
+        pytest.param("error('text')", "probe.lua:3: text", id="C62-text"),
+        pytest.param("error({ code = 7 })", "table: 0x", id="C63-table"),
+        pytest.param(
+            "error(setmetatable({}, { __tostring = function() error('again') end }))",
+            "(error object of type table)",
+            id="C70-__tostring raises",
+        ),
+        pytest.param(
+            "error(setmetatable({}, { __tostring = function() return 42 end }))",
+            "(error object of type table)",
+            id="C71-__tostring returns 42",
+        ),
+    ],
+)
+def test_c34_c71_errors_of_all_kinds_are_102(bridge: LuaHostBridge, contract: Thrower, body: str, words: str) -> None:
+    contract(body, deadline="5s")
+    raised(bridge, words)
+
+
+def test_c74_error_object_whose_text_never_comes_is_late(bridge: LuaHostBridge, contract: Thrower) -> None:
+    contract("error(setmetatable({}, { __tostring = function() while true do end end }))")
+    late(bridge)
+
+
+def test_c75_error_of_64_mb_is_cut(bridge: LuaHostBridge, contract: Thrower) -> None:
+    contract("error(('x'):rep(64e6))", memory="512MiB", deadline="10s")
+    error = raised(bridge, "truncated")
+    assert len(error.message.encode()) <= 4096
+
+
+# -- other processes ----
+FORK = "int fork(void); int vfork(void); int getpid(void); void _exit(int);"
+
+
+def test_c41_fork_is_refused_and_answered_once(bridge: LuaHostBridge, contract: Thrower) -> None:
+    contract("local n = ffi.cast('int *', out + 4) n[0] = ffi.C.fork() n[1] = ffi.errno()", FORK)
+    for _ in range(5):
+        assert returned(bridge, 2) == [-1, 1]
+    with closing(worker_of(bridge, PROBE)) as worker:
+        assert worker.is_alive
+
+
+def test_c43_fork_is_refused_however_often(bridge: LuaHostBridge, contract: Thrower) -> None:
+    contract("local n = ffi.cast('int *', out + 4) for _ = 1, 40 do n[0] = n[0] + ffi.C.fork() end", FORK)
+    assert returned(bridge) == [-40]
+
+
+def test_c44_closing_all_descriptors_harms_nobody_else(bridge: LuaHostBridge, contract: Thrower) -> None:
+    contract("for fd = 0, 255 do ffi.C.close(fd) end", "int close(int);")
+    for _ in range(20):
+        try:
+            assert bridge.call(PROBE, 1, None, 1, timeout=2) == bytes([42])
+        except WorkerCrashed as error:
+            assert error.began == "yes"
+        assert serves(bridge)
+
+
+def test_c45_answer_before_a_crash_arrives(bridge: LuaHostBridge, contract: Thrower) -> None:
+    contract("ffi.cast('int *', 0)[0] = 1")
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(30):
+            answered = pool.submit(serves, bridge)
+            crashed = pool.submit(failure, bridge, PROBE, 1)
+            assert answered.result()
+            assert isinstance(crashed.result(), WorkerCrashed)
+
+
+def test_c48_killing_the_parent_is_refused(bridge: LuaHostBridge, contract: Thrower) -> None:
+    contract(
+        "local n = ffi.cast('int *', out + 4) n[0] = ffi.C.kill(ffi.C.getppid(), 9) n[1] = ffi.errno()",
+        "int kill(int, int); int getppid(void);",
+    )
+    with Processes.of(bridge) as service:
+        assert returned(bridge, 2) == [-1, 1]
+        assert service.worker_host.is_alive
+
+
+@pytest.mark.parametrize(
+    ("body", "values"),
+    [
+        pytest.param("n[0] = os.execute('exit 0') == 0 and 1 or -1", [-1], id="C50-os.execute"),
+        pytest.param("n[0] = io.popen('true') and 1 or -1", [-1], id="C51-io.popen"),
+        pytest.param(
+            "local argv = ffi.new('char *[2]') n[0] = ffi.C.execve('/bin/true', argv, argv) n[1] = ffi.errno()",
+            [-1, 1],
+            id="C52-execve",
+        ),
+        pytest.param(
+            "local argv = ffi.new('char *[2]', ffi.cast('char *', 'true')) "
+            "n[0] = ffi.C.posix_spawn(n + 2, '/bin/true', nil, nil, argv, argv + 1)",
+            [1],
+            id="C53-posix_spawn",
+        ),
+    ],
+)
+def test_c50_c53_other_programs_are_refused(
+    bridge: LuaHostBridge, contract: Thrower, body: str, values: list[int]
+) -> None:
+    contract(
+        f"local n = ffi.cast('int *', out + 4) {body}",
+        "int execve(const char *, char **, char **);"
+        "int posix_spawn(int *, const char *, void *, void *, char **, char **);",
+        deadline="5s",
+    )
+    assert returned(bridge, len(values)) == values
+    with closing(worker_of(bridge, PROBE)) as worker:
+        assert worker.is_alive
+
+
+def test_c58_python_is_not_there(bridge: LuaHostBridge, contract: Thrower) -> None:
+    contract("error(tostring(python) .. tostring(package.loaded.python), 0)")
+    raised(bridge, "nilnil")
+
+
+# -- chunks that are no text ----
+def test_c96_c97_bytecode_whole_or_cut_is_refused(bridge: LuaHostBridge, contract: Thrower) -> None:
+    contract("local code = string.dump(function(a) return a + 1 end) out[1] = #code ffi.copy(out + 2, code)")
+    reply = bridge.call(PROBE, 1, None, 250)
+    bytecode = reply[2 : 2 + reply[1]]
+    assert bytecode.startswith(b"\x1bLJ")
+    for size in (1, 2, 3, 4, 5, 10, len(bytecode) // 2, len(bytecode) - 1, len(bytecode)):
+        refused = refusal(bridge, bytecode[:size], "host.bytecode@1")
+        assert isinstance(refused, VmRegistrationFailed)
+    assert [str(each) for each in bridge.contracts() if str(each) == "host.bytecode@1"] == []
+
+
+# -- answers ----
+def test_c99_death_behind_an_answer_is_seen_by_nobody(bridge: LuaHostBridge, contract: Thrower) -> None:
+    contract("ffi.C.ualarm(1000, 0)", "unsigned ualarm(unsigned, unsigned);")
+    for _ in range(5):
+        assert serves(bridge)
+        with closing(worker_of(bridge, PROBE)) as worker:
+            assert bridge.call(PROBE, 1, None, 1) == bytes([42])
+            assert worker.ends_within()
+        assert serves(bridge)
+
+
+# Runs Python in the worker, as a contract with FFI can: it answers for a call through the worker's own socket.
+FORGE = """
+local own = tonumber(ffi.cast("uint64_t *", out - 128)[0])
+local state = ffi.C.PyGILState_Ensure()
+local failed = ffi.C.PyRun_SimpleString(([[
+import gc, zmq
+from luacell.protocol.headers import DONE, Op, head
+(socket,) = [each for each in gc.get_objects() if isinstance(each, zmq.Socket)]
+socket.send(head(Op.DONE) + DONE.pack(%d + %d, 0, 1, 0, 0))
+]]):format(own, args[0]))
+ffi.C.PyGILState_Release(state)
+if failed ~= 0 then error("the forger itself failed") end
+if args[0] > 0 then while true do end end
+"""
+
+
+def test_c100_answer_for_another_call_costs_the_forger(bridge: LuaHostBridge, contract: Thrower) -> None:
+    contract(FORGE, "int PyGILState_Ensure(); void PyGILState_Release(int); int PyRun_SimpleString(const char *);")
+    assert serves(bridge)
+    crashed = crash(bridge, args=b"\1")
+    assert crashed.signal == signal.SIGKILL
+    assert "it answered for call" in crashed.message
+
+
+def test_c100_second_answer_costs_the_forger_and_the_next_call_nothing(
+    bridge: LuaHostBridge, contract: Thrower
+) -> None:
+    contract(FORGE, "int PyGILState_Ensure(); void PyGILState_Release(int); int PyRun_SimpleString(const char *);")
+    for _ in range(5):
+        assert serves(bridge)
+        with closing(worker_of(bridge, PROBE)) as worker:
+            try:
+                bridge.call(PROBE, 1, b"\0", 1)
+            except CallError as error:
+                assert error.code == AbiErrorCode.WORKER_CRASHED
+            assert worker.ends_within()
+        assert serves(bridge)
