@@ -39,9 +39,7 @@ def main() -> int:
     figures = _measure(options.batches, options.calls)
     _print(figures, placement="free" if options.free else "all processes on one CPU")
     if options.json:
-        options.json.write_text(
-            json.dumps({name: vars(figure) for name, figure in figures.items()}, indent=2)
-        )
+        options.json.write_text(json.dumps({name: vars(figure) for name, figure in figures.items()}, indent=2))
     if options.profile:
         profile_broker(ECHO, CONTRACT)
     return 0

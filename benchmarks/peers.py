@@ -81,8 +81,7 @@ def bare_relay() -> Iterator[RoundTrip]:
     with tempfile.TemporaryDirectory() as directory:
         path = str(Path(directory) / "relay.sock")
         processes = [
-            subprocess.Popen([sys.executable, "-m", "benchmarks.peers", role, path])
-            for role in ("relay", "worker")
+            subprocess.Popen([sys.executable, "-m", "benchmarks.peers", role, path]) for role in ("relay", "worker")
         ]
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         host = context.socket(zmq.DEALER)

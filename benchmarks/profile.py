@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from luacell.broker.rundir import RunDirectory
@@ -39,10 +40,8 @@ def profile_broker(source: str, contract: str) -> None:
         profiler = cProfile.Profile()
         caller = threading.Thread(target=_call, args=(run_directory.path, source, contract, server))
         caller.start()
-        try:
+        with suppress(SystemExit):
             profiler.runcall(server.run)
-        except SystemExit:
-            pass
         caller.join()
         server.close()
         worker_host.wait()

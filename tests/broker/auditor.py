@@ -17,6 +17,7 @@ from luacell.broker.causes import SIGALRM, Cause
 from luacell.broker.dispatcher import ATTEMPTS_MAX, KILL_AFTER_NS, Dispatcher
 from luacell.broker.model import CallState, Effect, Request, WorkerState
 from luacell.broker.timers import BUCKET_NS
+from luacell.broker.workforce import backoff_ns
 from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.headers import Call as CallHeader
 from luacell.protocol.limits import NS_PER_MS, NS_PER_US
@@ -264,7 +265,10 @@ class Auditor:
     def _check_back_off(self, worker: model.Worker) -> None:
         contract = worker.contract
         assert contract is not None
-        is_early = self.world.schedule.now_ns < contract.retry_ns
+        if not contract.failures:
+            return
+        failed_ns = contract.retry_ns - backoff_ns(contract.failures)  # if only just, the load was ordered before
+        is_early = failed_ns < self.world.schedule.now_ns < contract.retry_ns
         self.demand(not is_early, contract.record.title, "is loaded again before its back-off is over")
 
     def _saw_result(self, effect: model.SendResult) -> None:
@@ -376,13 +380,14 @@ class Auditor:
         for call, truth in self._by_call.items():
             if call.state is CallState.QUEUED:
                 self.demand(call in list(call.contract.queue), truth, "waits in no queue")
-                self.demand(call.timer is not None, truth, "waits without a timer")
+                self.demand(_has_timer(dispatcher, call), truth, "waits without a timer")
             else:
                 worker = call.worker
                 self.demand(worker is not None and worker.call is call, truth, "is held by nobody")
                 assert worker is not None
-                is_watched = call.timer is not None or worker.state is WorkerState.DOOMED
-                self.demand(is_watched, truth, "runs without a timer")
+                is_over = truth.answers or truth.is_host_gone
+                is_watched = _has_timer(dispatcher, call) or (is_over and worker.state is WorkerState.DOOMED)
+                self.demand(bool(is_watched), truth, "runs without a timer")
         in_flight = self.world.server.books.slots_in_flight
         self.demand(in_flight == len(self._by_call), in_flight, "slots in flight for", len(self._by_call), "calls")
 
@@ -443,3 +448,7 @@ class Auditor:
         self.demand(len(force.by_id) >= spares, len(force.by_id), "spares of", spares)
         alive = {worker.id for worker in self.world.workers.values() if worker.is_alive}
         self.demand(alive == set(force.by_id), "processes", alive, "for workers", set(force.by_id))
+
+
+def _has_timer(dispatcher: Dispatcher, call: model.Call) -> bool:
+    return call.timer is not None and call in dispatcher._wheel.buckets.get(call.timer, {})

@@ -455,7 +455,7 @@ def a_refusal_is_a_success_the_quick_way(patch: Patch) -> None:
     patch.setattr(Dispatcher, "quick_done", lambda self, worker, done: quick_done(self, worker, done._replace(flags=0)))
 
 
-SWARMS["a_slot_in_flight_is_taken_the_quick_way"] = Swarm(malice=0.3, cancelling=0.1, slow=0.3, stuck=0.1)
+SWARMS["a_slot_in_flight_is_taken_the_quick_way"] = Swarm(malice=0.5, cancelling=0.2, slow=0.3, stuck=0.1, hosts=4)
 SWARMS["a_call_id_is_taken_twice_the_quick_way"] = SWARMS["a_slot_in_flight_is_taken_the_quick_way"]
 
 

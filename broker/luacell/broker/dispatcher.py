@@ -229,9 +229,7 @@ class Dispatcher:
         call.state = ENDED
         call.answered = True
         del call.session.calls[call.header.call_id]
-        bucket = self._buckets.get(call.timer)
-        if bucket is not None:
-            bucket.pop(call, None)
+        del self._buckets[call.timer][call]
         call.timer = None
         book = call.book
         book.generation = -book.generation & GENERATION_MASK

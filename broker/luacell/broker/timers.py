@@ -29,7 +29,7 @@ class TimerWheel(Generic[T]):
 
     def __init__(self) -> None:
         self.buckets: dict[int, dict[T, None]] = {}
-        self._order: list[int] = []  # heap of the keys of _buckets, each once
+        self._order: list[int] = []  # heap of the keys of buckets, each once
 
     def __len__(self) -> int:
         return sum(len(bucket) for bucket in self.buckets.values())

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -46,7 +46,7 @@ app = typer.Typer(
 )
 
 
-class Output(str, Enum):
+class Output(StrEnum):
     """How results are printed."""
 
     TEXT = "text"
@@ -55,9 +55,7 @@ class Output(str, Enum):
 
 Endpoint = Annotated[
     str | None,
-    typer.Option(
-        "--endpoint", envvar=ENDPOINT_VARIABLE, help="Run directory of the broker; the default one if unset."
-    ),
+    typer.Option("--endpoint", envvar=ENDPOINT_VARIABLE, help="Run directory of the broker; the default one if unset."),
 ]
 OutputFormat = Annotated[Output, typer.Option("--output", help="text or json.")]
 RunDir = Annotated[
@@ -66,9 +64,7 @@ RunDir = Annotated[
 ]
 LogLevel = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
 Spares = Annotated[int, typer.Option("--spares", min=0, max=SPARES_MAX, help="Blank workers to keep warm.")]
-ContractName = Annotated[
-    str, typer.Argument(metavar="NAME@V", help="Such as host.kv@1, or an id such as 0x04D2.")
-]
+ContractName = Annotated[str, typer.Argument(metavar="NAME@V", help="Such as host.kv@1, or an id such as 0x04D2.")]
 
 
 @contextmanager
@@ -156,9 +152,7 @@ def deploy(
 def register(
     contract: ContractName,
     file: Annotated[Path, typer.Argument(help="A Lua file that evaluates to the function.")],
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Take the place of a registered contract.")
-    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Take the place of a registered contract.")] = False,
     endpoint: Endpoint = None,
 ) -> None:
     """Register one contract from one file."""
@@ -193,9 +187,7 @@ def call(
     with _reported():
         if args_hex is not None and args_file is not None:
             raise ValueError("--args-hex and --args-file exclude each other")
-        args = (
-            bytes.fromhex(args_hex) if args_hex is not None else args_file.read_bytes() if args_file else b""
-        )
+        args = bytes.fromhex(args_hex) if args_hex is not None else args_file.read_bytes() if args_file else b""
         with LuaHostBridge.connect(endpoint) as bridge:
             result = bridge.call(_contract(contract), function, args, out_size, timeout=timeout)
     if raw:
@@ -235,9 +227,7 @@ def health(endpoint: Endpoint = None, output: OutputFormat = Output.TEXT) -> Non
         if key != "workers":
             typer.echo(f"{key}: {value}")
     for worker in state["workers"]:
-        typer.echo(
-            f"worker {worker['pid']}  {worker['state']}  {worker['contract'] or '-'}  {worker['served']} calls"
-        )
+        typer.echo(f"worker {worker['pid']}  {worker['state']}  {worker['contract'] or '-'}  {worker['served']} calls")
 
 
 @app.command()

@@ -86,7 +86,8 @@ class WorkerHost:
         for child in list(self._children.values()):
             _kill(child)
         for child in list(self._children.values()):
-            os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED)
+            with contextlib.suppress(ChildProcessError):  # reaped in the moment the signal came
+                os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED)
             self._forget(child)
         self._channel.close()
 

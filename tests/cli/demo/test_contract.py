@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from lupa.luajit21 import LuaRuntime
 
-from luacell.cli.demo import (
+from luacell.cli.demo.counting import (
     CONTRACT,
     CONTRACT_DIRECTORY,
     COUNT,
@@ -78,7 +78,7 @@ def count() -> Callable[[bytes], Statistics]:
 
 def test_the_description_names_the_contract_and_its_source() -> None:
     described = tomllib.loads((CONTRACT_DIRECTORY / "luacell.toml").read_text())["contract"][CONTRACT]
-    assert described == {"source": "textstats.lua", "deadline": "2s", "stateless": True, "workers": 2}
+    assert described == {"source": "textstats.lua", "deadline": "2s", "stateless": True, "workers": 4}
     assert (CONTRACT_DIRECTORY / described["source"]).is_file()
 
 
