@@ -289,7 +289,8 @@ class Auditor:
         self.demand(truth is not None, "an answer too many for", key)
         assert truth is not None
         self._answer(truth, f"failure {effect.code.name}, began {effect.began}", is_kept=effect.slot == "kept")
-        self.demand(truth.code is None, truth, "was finished and is answered", effect.code.name)
+        ran_out = truth.code == effect.code == AbiErrorCode.OUT_OF_MEMORY  # the broker says so in its own words
+        self.demand(ran_out or truth.code is None, truth, "was finished and is answered", effect.code.name)
         self.demand(effect.began != "yes" or truth.is_marked, truth, "is said to have begun")
         self.demand(effect.began != "no" or not truth.is_begun, truth, "is said not to have begun")
         truth.is_denied = effect.began == "no"
@@ -309,6 +310,9 @@ class Auditor:
             self.demand(not is_alive, truth, "is said to have crashed a worker that lives")
             attempts = 1 if effect.began == "yes" else ATTEMPTS_MAX
             self.demand(len(truth.workers) >= attempts, truth, "was not tried again")
+        elif effect.code is AbiErrorCode.OUT_OF_MEMORY:
+            lied = truth.is_lied_about
+            self.demand(lied or truth.code == effect.code, truth, "did not run out of memory")
         else:
             codes = AbiErrorCode.HOST_CONTRACT_NOT_FOUND, AbiErrorCode.HOST_CONTRACT_CALL_FAILED
             self.demand(effect.code in codes, truth, "fails with", effect.code.name)

@@ -84,6 +84,12 @@ def test_another_limit_is_named_in_place_of_the_deadline(call: Call) -> None:
     assert (failure.limit, failure.slot) == ("run_limit 1 s", "free")
 
 
+def test_running_out_of_memory_names_the_limit(call: Call) -> None:
+    failure = answers.out_of_memory(call, call.arrived_ns + 260 * NS_PER_MS)
+    assert (failure.code, failure.limit, failure.began) == (AbiErrorCode.OUT_OF_MEMORY, "memory 64 MiB", "yes")
+    assert failure.message.startswith(f"{TITLE}: used more than its memory 64 MiB")
+
+
 def test_a_call_that_was_never_sent_did_not_run(call: Call) -> None:
     call.sent_ns = 0
     failure = answers.cancelled(call, "no", call.arrived_ns + 5 * NS_PER_MS)

@@ -25,7 +25,7 @@ from tests.support.processes import Processes, worker_of
 pytestmark = pytest.mark.usefixtures("load")
 
 GRACE_S = 0.25
-LIMIT_S = 0.3  # the fixture's deadline
+LIMIT_S = 0.3
 Thrower = Callable[..., str]
 
 
@@ -45,7 +45,7 @@ def crash(bridge: LuaHostBridge, args: bytes | None = None) -> WorkerCrashed:
 def late(bridge: LuaHostBridge) -> None:
     """Call the faulty function, which must be answered at its deadline; the next call must work."""
     with Stopwatch() as stopwatch:
-        exceeded = failure(bridge, PROBE, 1, out_size=64)
+        exceeded = failure(bridge, PROBE, 1, out_size=64, timeout=LIMIT_S)
     assert isinstance(exceeded, DeadlineExceeded)
     assert exceeded.began == "yes"
     assert LIMIT_S <= stopwatch.seconds <= LIMIT_S + GRACE_S
@@ -149,7 +149,7 @@ def test_c15_c24_endless_calls_are_answered_at_their_deadline(
     ],
 )
 def test_c25_c26_memory_bombs_are_out_of_memory(bridge: LuaHostBridge, contract: Thrower, body: str) -> None:
-    contract(body, memory="16MiB", deadline="10s")
+    contract(body, memory="16MiB")
     assert serves(bridge)
     with closing(worker_of(bridge, PROBE)) as worker:
         assert isinstance(failure(bridge, PROBE, 1), OutOfMemory)
@@ -187,7 +187,7 @@ def test_c25_c26_memory_bombs_are_out_of_memory(bridge: LuaHostBridge, contract:
     ],
 )
 def test_c34_c71_errors_of_all_kinds_are_102(bridge: LuaHostBridge, contract: Thrower, body: str, words: str) -> None:
-    contract(body, deadline="5s")
+    contract(body)
     raised(bridge, words)
 
 
@@ -197,7 +197,7 @@ def test_c74_error_object_whose_text_never_comes_is_late(bridge: LuaHostBridge, 
 
 
 def test_c75_error_of_64_mb_is_cut(bridge: LuaHostBridge, contract: Thrower) -> None:
-    contract("error(('x'):rep(64e6))", memory="512MiB", deadline="10s")
+    contract("error(('x'):rep(64e6))", memory="512MiB")
     error = raised(bridge, "truncated")
     assert len(error.message.encode()) <= 4096
 
@@ -274,7 +274,6 @@ def test_c50_c53_other_programs_are_refused(
         f"local n = ffi.cast('int *', out + 4) {body}",
         "int execve(const char *, char **, char **);"
         "int posix_spawn(int *, const char *, void *, void *, char **, char **);",
-        deadline="5s",
     )
     assert returned(bridge, len(values)) == values
     with closing(worker_of(bridge, PROBE)) as worker:

@@ -65,7 +65,6 @@ def test_m02_args_cannot_be_made_writable(bridge: LuaHostBridge, contract: Throw
         + "n[2] = n[0] < 0 and -1 or ffi.C.pwrite(n[0], 'x', 1, 0)\n"
         "n[3] = (n[0] < 0 or ffi.C.mmap(nil, 4096, 3, 1, n[0], 0) == ffi.cast('void *', -1)) and -1 or 0",
         CALLS,
-        deadline="5s",
     )
     reply = bridge.call(PROBE, 1, b"x" * 64, 20)
     values = [int.from_bytes(reply[4 * n : 4 * n + 4], "little", signed=True) for n in range(2, 5)]
@@ -81,7 +80,6 @@ def test_m03_worker_cannot_resize_a_segment(bridge: LuaHostBridge, contract: Thr
         + "n[1] = n[0] < 0 and -1 or ffi.C.ftruncate(n[0], 0)\n"
         "n[2] = n[0] < 0 and -1 or ffi.C.ftruncate(n[0], 1e9)",
         CALLS,
-        deadline="5s",
     )
     reply = bridge.call(PROBE, 1, b"x" * 64, 16)
     assert [int.from_bytes(reply[4 * n : 4 * n + 4], "little", signed=True) for n in (2, 3)] == [-1, -1]

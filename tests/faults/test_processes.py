@@ -45,7 +45,7 @@ def test_p01_killed_spare_is_replaced_unseen(bridge: LuaHostBridge, contract: Th
 
 def test_p03_worker_killed_in_a_call_that_had_begun(bridge: LuaHostBridge, contract: Thrower) -> None:
     # The contract says through its first slot of out that it runs; the test sees its pid in a call before.
-    contract("if fn_id == 1 then while true do end end", deadline="10s")
+    contract("if fn_id == 1 then while true do end end")
     assert serves(bridge)
     with closing(worker_of(bridge, PROBE)) as worker, ThreadPoolExecutor(1) as pool:
         running = pool.submit(failure, bridge, PROBE, 1)

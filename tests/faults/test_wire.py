@@ -85,11 +85,11 @@ def test_z26_broker_that_goes_down_is_unavailable_at_send_and_while_waiting() ->
 
 def test_z26_broker_that_is_stopped_is_unavailable_by_the_deadline() -> None:
     with LuaHostBridge() as bridge:
-        deploy(bridge, DOUBLE, deadline="200ms")
+        deploy(bridge, DOUBLE)
         assert answers(bridge, PROBE)
         with closing(Process(broker_pid(bridge))) as broker:
             with broker.stopped(), Stopwatch() as stopwatch:
-                assert isinstance(failure(bridge, PROBE, args=bytes(4), out_size=4), Unavailable)
+                assert isinstance(failure(bridge, PROBE, args=bytes(4), out_size=4, timeout=0.2), Unavailable)
             assert stopwatch.seconds < 2.0
             assert eventually(lambda: answers(bridge, PROBE), "it goes on")
 

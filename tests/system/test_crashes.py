@@ -63,7 +63,7 @@ LIMIT_S = 0.3
 
 @pytest.fixture
 def fatal(bridge: LuaHostBridge) -> str:
-    return deploy(bridge, FATAL, deadline=f"{int(LIMIT_S * 1000)}ms")
+    return deploy(bridge, FATAL)
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_crash_costs_its_own_call_and_is_blamed(
 def test_endless_call_is_answered_at_its_deadline(bridge: LuaHostBridge, fatal: str, fn_id: int) -> None:
     assert serves(bridge, fatal)
     with Stopwatch() as stopwatch:
-        late = failure(bridge, fatal, fn_id)
+        late = failure(bridge, fatal, fn_id, timeout=LIMIT_S)
     assert isinstance(late, DeadlineExceeded)
     assert LIMIT_S <= stopwatch.seconds <= LIMIT_S + GRACE_S
     assert (late.began, late.limit) == ("yes", f"deadline {LIMIT_S:g} s")
@@ -158,9 +158,9 @@ def test_queued_calls_survive_the_crash_before_them(bridge: LuaHostBridge, fatal
 
 
 def test_call_in_the_queue_at_its_deadline_had_not_begun(bridge: LuaHostBridge) -> None:
-    deploy(bridge, FATAL, deadline="700ms")
+    deploy(bridge, FATAL)
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(failure, bridge, PROBE, LOOP)
+        running = pool.submit(failure, bridge, PROBE, LOOP, timeout=0.7)
         eventually(lambda: is_busy(bridge, PROBE), "the loop runs")
         with Stopwatch() as stopwatch:
             queued = failure(bridge, PROBE, 0, timeout=0.1)
@@ -280,14 +280,14 @@ def has_begun(bridge: LuaHostBridge) -> bool:
 
 
 def test_worker_s_own_timer_kills_it_when_the_broker_is_stopped(bridge: LuaHostBridge) -> None:
-    deploy(bridge, FATAL, deadline="200ms")
+    deploy(bridge, FATAL, run_limit="200ms")
     assert serves(bridge, PROBE)
     with (
         closing(worker_of(bridge, PROBE)) as worker,
         closing(Process(broker_pid(bridge))) as broker,
         ThreadPoolExecutor(1) as pool,
     ):
-        running = pool.submit(failure, bridge, PROBE, LOOP)
+        running = pool.submit(failure, bridge, PROBE, LOOP, timeout=0.2)
         eventually(lambda: is_busy(bridge, PROBE), "the loop runs")
         with broker.stopped(), Stopwatch() as stopwatch:
             assert isinstance(running.result(), Unavailable), "nobody answers, and the host does not wait for ever"
@@ -298,7 +298,7 @@ def test_worker_s_own_timer_kills_it_when_the_broker_is_stopped(bridge: LuaHostB
 
 
 def test_timer_does_not_outlive_the_call_it_guards(bridge: LuaHostBridge) -> None:
-    deploy(bridge, FATAL, deadline="100ms")
+    deploy(bridge, FATAL, run_limit="100ms")
     assert serves(bridge, PROBE)
     with closing(worker_of(bridge, PROBE)) as worker:
         assert not worker.ends_within(2.0)

@@ -256,11 +256,11 @@ def is_busy(bridge: LuaHostBridge) -> bool:
 
 def test_stopped_broker_does_not_keep_its_host_waiting_for_ever() -> None:
     with LuaHostBridge() as bridge:
-        deploy(bridge, DOUBLE, deadline="300ms")
+        deploy(bridge, DOUBLE)
         assert answers(bridge, PROBE)
         with closing(Process(broker_pid(bridge))) as broker, broker.stopped():
             with Stopwatch() as stopwatch:
-                assert isinstance(failure(bridge, PROBE, args=bytes(4), out_size=4), Unavailable)
+                assert isinstance(failure(bridge, PROBE, args=bytes(4), out_size=4, timeout=0.3), Unavailable)
             assert stopwatch.seconds < 0.3 + GONE_WITHIN_S
             with Stopwatch() as stopwatch:
                 bridge.close()

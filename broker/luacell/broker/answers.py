@@ -14,7 +14,7 @@ from luacell.broker.model import Call, Contract, SendFailure, Session
 from luacell.protocol import headers
 from luacell.protocol.errors import AbiErrorCode, Began
 from luacell.protocol.identity import format_id
-from luacell.protocol.limits import CALLS_IN_FLIGHT_MAX, DEADLINE_MAX_US, NS_PER_S
+from luacell.protocol.limits import CALLS_IN_FLIGHT_MAX, DEADLINE_MAX_US, MIB, NS_PER_S
 
 FLAGS: Final = headers.HAS_ARGS | headers.HAS_OUT
 
@@ -96,6 +96,13 @@ def deadline_exceeded(call: Call, began: Began, now_ns: int, *, limit: str = "",
     where = "it was not begun" if began == "no" else "it was running"
     text = f"{call.title}: not finished within its {bound}; {where}"
     return _failure(call, AbiErrorCode.DEADLINE_EXCEEDED, text, began, now_ns, slot=slot, limit=bound)
+
+
+def out_of_memory(call: Call, now_ns: int) -> SendFailure:
+    """Say that a call ran into its contract's memory limit."""
+    bound = f"memory {call.contract.record.settings.memory / MIB:g} MiB"
+    text = f"{call.title}: used more than its {bound}; its state is lost, raise `memory` if it needs more"
+    return _failure(call, AbiErrorCode.OUT_OF_MEMORY, text, "yes", now_ns, limit=bound)
 
 
 def crashed(call: Call, cause: Cause, verdict: str, began: Began, now_ns: int) -> SendFailure:

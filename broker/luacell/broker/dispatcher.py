@@ -50,7 +50,7 @@ from luacell.broker.registry import Registry
 from luacell.broker.timers import BUCKET_NS, TimerWheel
 from luacell.broker.workforce import Workforce
 from luacell.protocol import headers
-from luacell.protocol.errors import Began
+from luacell.protocol.errors import AbiErrorCode, Began
 from luacell.protocol.limits import (
     CALLS_IN_FLIGHT_MAX,
     ERROR_TEXT_MAX,
@@ -401,6 +401,9 @@ class Dispatcher:
             self._release_answered(call, effects)
         elif done.flags & headers.NOT_BEGUN:
             effects.append(answers.deadline_exceeded(call, "no", now_ns))
+            self._end(call, effects)
+        elif done.code == AbiErrorCode.OUT_OF_MEMORY:  # the worker does not know what the broker calls its contract
+            effects.append(answers.out_of_memory(call, now_ns))
             self._end(call, effects)
         else:
             effects.append(self._result(call, done, slot_free=True))

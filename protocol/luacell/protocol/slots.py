@@ -21,6 +21,7 @@ from typing import Final, NamedTuple
 from luacell.protocol.limits import ERROR_TEXT_MAX, SLOTS_PER_SEGMENT_MAX
 
 PAYLOAD_OFFSET: Final = 128
+DONE_OFFSET: Final = 8
 WITHDRAWN_OFFSET: Final = 64
 PAGE: Final = 4096
 ARGS_STRIDE_MIN: Final = PAGE

@@ -23,6 +23,7 @@ from luacell.protocol.limits import CALLS_PER_MESSAGE_MAX, LOAD_LIMIT_NS, MESSAG
 from luacell.protocol.memory.channel import ChannelClosed, close_all, receive_message
 from luacell.protocol.memory.segments import Mapping
 from luacell.protocol.messages import decode, encode
+from luacell.protocol.slots import DONE_OFFSET, PAYLOAD_OFFSET, SLOT_SHIFT, read_answer
 from luacell.worker import sandbox
 from luacell.worker.vm import OutOfLuaMemory, Vm
 
@@ -31,6 +32,8 @@ CONNECT_LIMIT_MS: Final = 5000
 MAP_LIMIT_S: Final = 5.0  # a pair named by a call is on its way already
 IDLE_BEFORE_DISARM_MS: Final = 500
 EXIT_BROKEN: Final = 70  # the worker itself cannot go on (EX_SOFTWARE)
+OUT_OF_MEMORY_TEXT: Final = b"Lua exception: not enough memory"
+_POSITION_MASK: Final = (1 << SLOT_SHIFT) - 1
 
 
 def _libzmq_path() -> str:
@@ -62,7 +65,7 @@ class WorkerProcess:
     def __init__(self, broker_socket: Path, routing_id: bytes, channel: socket.socket) -> None:
         self._channel = channel
         self._channel.settimeout(MAP_LIMIT_S)
-        self._pairs: dict[tuple[int, int], tuple[Mapping, Mapping]] = {}
+        self._pairs: dict[tuple[int, int], tuple[Mapping, Mapping, int]] = {}  # args, out, stride of out
         self._records = ctypes.create_string_buffer(CALLS_PER_MESSAGE_MAX * headers.EXECUTE.size)
         self._reply = ctypes.create_string_buffer(headers.PREAMBLE_SIZE + CALLS_PER_MESSAGE_MAX * headers.DONE.size)
         self._records_view = memoryview(self._records).cast("B")
@@ -99,8 +102,9 @@ class WorkerProcess:
                 loop.done_with()
                 self._handle(message)
             except OutOfLuaMemory:
-                self._answer_out_of_memory(0)
-                self._socket.send(self._reply_view[: headers.PREAMBLE_SIZE + headers.DONE.size])
+                if self._answer_out_of_memory(0):
+                    self._socket.send(self._reply_view[: headers.PREAMBLE_SIZE + headers.DONE.size])
+                _await_death()
 
     def _make_loop(self) -> Any:
         """Return the loop that runs inside LuaJIT; its buffers are ours."""
@@ -143,16 +147,31 @@ class WorkerProcess:
         answers = self._reply_view[headers.PREAMBLE_SIZE : headers.PREAMBLE_SIZE + count * headers.DONE.size]
         self._socket.send(headers.head(Op.DONE, count) + answers)
 
-    def _answer_out_of_memory(self, index: int) -> None:
-        """Memory ran out outside the guard: the answer has no text, and the VM must not be used again."""
-        sequence = headers.EXECUTE.unpack_from(self._records, index * headers.EXECUTE.size)[0]
-        done = (sequence, int(AbiErrorCode.OUT_OF_MEMORY), 0, 0, headers.RETIRE)
+    def _answer_out_of_memory(self, index: int) -> bool:
+        """Answer for a call in the VM's place: it has no memory left even for that, and must not be used again.
+
+        Returns:
+            Whether the call had no answer yet.
+        """
+        record = headers.Execute._make(headers.EXECUTE.unpack_from(self._records, index * headers.EXECUTE.size))
+        sequence, slot = record.sequence, record.slot
+        _, out, stride = self._pairs[record.arena, slot >> SLOT_SHIFT]
+        start = (slot & _POSITION_MASK) * stride
+        if read_answer(out.view, start).done == sequence:
+            return False
+        done = (sequence, int(AbiErrorCode.OUT_OF_MEMORY), 0, len(OUT_OF_MEMORY_TEXT), headers.RETIRE)
+        payload = start + PAYLOAD_OFFSET
+        out.view[payload : payload + len(OUT_OF_MEMORY_TEXT)] = OUT_OF_MEMORY_TEXT
+        headers.DONE.pack_into(out.view, start + DONE_OFFSET, *done)  # the words behind `begun` have the same form
         headers.DONE.pack_into(self._reply, headers.PREAMBLE_SIZE + index * headers.DONE.size, *done)
+        return True
 
     def _load(self, load: messages.Load) -> None:
         self._vm.arm_for(LOAD_LIMIT_NS // NS_PER_S)
         problem, reason = self._vm.load(load.source, load.chunk_name, load.modules, load.memory)
         self._socket.send(encode(messages.Loaded(problem=problem, reason=reason[: messages.REASON_MAX])))
+        if problem:
+            _await_death()
 
     def _receive_map(self) -> None:
         message, descriptors = receive_message(self._channel)
@@ -167,7 +186,7 @@ class WorkerProcess:
     def _map(self, pair: messages.Map, args_fd: int, out_fd: int) -> None:
         args = Mapping(args_fd, pair.count * pair.args_stride, writable=False)
         out = Mapping(out_fd, pair.count * pair.out_stride, writable=True)
-        self._pairs[pair.arena, pair.index] = args, out
+        self._pairs[pair.arena, pair.index] = args, out, pair.out_stride
         self._vm.add_pair(
             pair.arena, pair.index, args.address, out.address, pair.count, pair.args_stride, pair.out_stride
         )
@@ -178,8 +197,15 @@ class WorkerProcess:
             self._receive_map()
             mappings = self._pairs.pop((pair.arena, pair.index))
         self._vm.remove_pair(pair.arena, pair.index)
-        for mapping in mappings:
-            mapping.close()
+        args, out, _ = mappings
+        args.close()
+        out.close()
+
+
+def _await_death() -> NoReturn:
+    """Do nothing more: the broker has been told, and ends us. LuaJIT without memory would do it before it has heard."""
+    while True:
+        signal.pause()
 
 
 def run_worker(parent_pid: int, broker_socket: Path, routing_id: bytes, channel: socket.socket) -> NoReturn:

@@ -1,0 +1,277 @@
+"""The hosts: who is connected, what they ask for besides calls, and how they get memory.
+
+It keeps each host's descriptor channel and pidfd, answers control requests, and has segments created and granted.
+Calls go past it, from the server to the dispatcher.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from luacell.broker.books import Books, Pair, PairState, Refusal
+from luacell.broker.dispatcher import Dispatcher
+from luacell.broker.model import DropPair, Effect, Request, SendReply
+from luacell.broker.outbox import Outbox
+from luacell.broker.registry import ContractRecord, Registry
+from luacell.broker.store import SegmentStore, create_descriptors
+from luacell.broker.watcher import Watcher, WorkDone
+from luacell.protocol import headers, messages
+from luacell.protocol.errors import AbiErrorCode, ProtocolError
+from luacell.protocol.headers import Op
+from luacell.protocol.memory.channel import ChannelClosed, close_all, peer_pidfd, send_message
+from luacell.protocol.messages import decode, encode, id_of
+from luacell.protocol.slots import SlotShape
+
+
+@dataclass(slots=True, eq=False)
+class HostLink:
+    """A local host: its descriptor channel and its pidfd."""
+
+    routing_id: bytes
+    channel: socket.socket
+    pidfd: int
+
+
+class Hosts:
+    """All hosts of one broker.
+
+    Args:
+        dispatcher, books, registry, store: the broker's.
+        outbox: for answers.
+        watcher: reads channels and reports deaths.
+        perform: performs effects.
+        epoch: random bytes of this broker's life.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        books: Books,
+        registry: Registry,
+        store: SegmentStore,
+        outbox: Outbox,
+        watcher: Watcher,
+        perform: Callable[[Iterable[Effect]], None],
+        epoch: bytes,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._books = books
+        self._registry = registry
+        self._store = store
+        self._outbox = outbox
+        self._watcher = watcher
+        self._perform = perform
+        self._epoch = epoch
+        self.links: dict[bytes, HostLink] = {}
+        self._by_channel: dict[socket.socket, HostLink] = {}
+        self._handlers: dict[Op, Callable[[bytes, int, bytes], None]] = {
+            Op.CALL: self._on_call,
+            Op.CANCEL: self._on_cancel,
+            Op.HELLO: self._on_hello,
+            Op.REGISTER: self._on_register,
+            Op.UNREGISTER: self._on_unregister,
+            Op.LIST: self._on_list,
+            Op.HEALTH: self._on_health,
+            Op.LEASE: self._on_lease,
+            Op.MAPPED: self._on_mapped,
+            Op.GIVE_BACK: self._on_give_back,
+            Op.BYE: self._on_bye,
+        }
+
+    # -- coming and going -----------------------------------------------------------------------------------------
+    def joined(self, channel: socket.socket, routing_id: bytes) -> None:
+        """A host has said hello on its descriptor channel.
+
+        Raises:
+            OSError: it is gone already.
+        """
+        pidfd = peer_pidfd(channel)
+        host = HostLink(routing_id, channel, pidfd)
+        self.links[routing_id] = self._by_channel[channel] = host
+        self._watcher.watch_end(pidfd, "host", routing_id)
+
+    def left(self, peer: bytes) -> None:
+        """A host is gone, or must go; idempotent."""
+        host = self.links.pop(peer, None)
+        if host is None:
+            return
+        self._perform(self._dispatcher.host_left(peer, time.monotonic_ns()))
+        self._close(host)
+
+    def channel_ended(self, channel: socket.socket) -> bool:
+        """A descriptor channel is at its end; tell whether it was a host's."""
+        host = self._by_channel.get(channel)
+        if host is None:
+            return False
+        self.left(host.routing_id)
+        return True
+
+    def close(self) -> None:
+        """Close what belongs to hosts."""
+        for host in list(self.links.values()):
+            self._close(host)
+
+    def _close(self, host: HostLink) -> None:
+        self._by_channel.pop(host.channel, None)
+        self._watcher.forget_channel(host.channel)
+        self._watcher.forget_end(host.pidfd)
+        host.channel.close()
+        os.close(host.pidfd)
+
+    # -- what they say --------------------------------------------------------------------------------------------
+    def on_message(self, peer: bytes, op: Op, count: int, message: bytes) -> None:
+        """Act on a message of a host.
+
+        Raises:
+            ProtocolError: it is not one that a host may send now.
+        """
+        handler = self._handlers.get(op)
+        if handler is None:
+            raise ProtocolError(f"operation {op.name} is not for hosts")
+        if peer not in self._dispatcher.sessions and op is not Op.HELLO:
+            raise ProtocolError(f"operation {op.name} before HELLO")
+        handler(peer, count, message)
+
+    def _on_call(self, peer: bytes, count: int, message: bytes) -> None:
+        now_ns = time.monotonic_ns()
+        for record in headers.parse_records(Op.CALL, count, message):
+            if peer not in self.links:  # expelled in the middle: it does not read what it is answered
+                return
+            self._perform(self._dispatcher.call_arrived(peer, headers.Call._make(record), now_ns))
+
+    def _on_cancel(self, peer: bytes, count: int, message: bytes) -> None:
+        now_ns = time.monotonic_ns()
+        for (call_id,) in headers.parse_records(Op.CANCEL, count, message):
+            if peer not in self.links:
+                return
+            self._perform(self._dispatcher.call_cancelled(peer, call_id, now_ns))
+
+    def _on_hello(self, peer: bytes, count: int, message: bytes) -> None:
+        role = decode(messages.Hello, message).role
+        if role != "host":
+            raise ProtocolError(f"role {role!r} is not 'host'; nobody else speaks here")
+        self._dispatcher.host_joined(peer)
+        self._outbox.tell(peer, messages.Welcome(routing_id=b"", epoch=self._epoch, broker_pid=os.getpid()))
+
+    def _on_register(self, peer: bytes, count: int, message: bytes) -> None:
+        asked = decode(messages.Register, message)
+        request = Request(peer, asked.request_id)
+        try:
+            record = ContractRecord.from_message(asked, peer)
+        except ValueError as error:
+            self._outbox.send_reply(SendReply(request, "BadRequest", AbiErrorCode.BAD_REQUEST, str(error)))
+            return
+        effects: list[Effect] = []
+        now_ns = time.monotonic_ns()
+        self._dispatcher.catalogue.register(request, record, replace=asked.replace, now_ns=now_ns, effects=effects)
+        self._perform(effects)
+
+    def _on_unregister(self, peer: bytes, count: int, message: bytes) -> None:
+        asked = decode(messages.Unregister, message)
+        contract_id = id_of(asked.contract)
+        request = Request(peer, asked.request_id)
+        contract = self._dispatcher.catalogue.serving.get(contract_id)
+        if contract is None or contract.record.owner not in (None, peer):
+            self._outbox.send_reply(_not_found(request))
+            return
+        self._perform(self._dispatcher.unregister(contract_id, time.monotonic_ns()))
+        self._outbox.send_reply(SendReply(request))
+
+    def _on_list(self, peer: bytes, count: int, message: bytes) -> None:
+        asked = decode(messages.List, message)
+        page, total = self._registry.page(asked.first)
+        self._outbox.send_reply(SendReply(Request(peer, asked.request_id), body={"contracts": page, "total": total}))
+
+    def _on_health(self, peer: bytes, count: int, message: bytes) -> None:
+        asked = decode(messages.Health, message)
+        body = self._dispatcher.snapshot() | {"epoch": self._epoch.hex(), "broker_pid": os.getpid()}
+        self._outbox.send_reply(SendReply(Request(peer, asked.request_id), body=body))
+
+    def _on_bye(self, peer: bytes, count: int, message: bytes) -> None:
+        decode(messages.Bye, message)
+        self.left(peer)
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+    def _on_lease(self, peer: bytes, count: int, message: bytes) -> None:
+        asked = decode(messages.Lease, message)
+        request = Request(peer, asked.request_id)
+        contract_id = id_of(asked.contract)
+        contract = self._dispatcher.catalogue.serving.get(contract_id)
+        if contract is None or contract.record.owner not in (None, peer):
+            self._outbox.send_reply(_not_found(request))
+            return
+        shape = SlotShape.for_payloads(asked.args_size, asked.out_size, asked.count)
+        pair = self._books.plan_pair(peer, contract_id, shape)
+        if isinstance(pair, Refusal):
+            self._outbox.send_reply(SendReply(request, "Busy", pair.code, pair.message))
+            return
+        deadline_us = contract.record.settings.deadline_us
+        self._watcher.order(lambda: self._create(request, pair, deadline_us))
+
+    def _create(self, request: Request, pair: Pair, deadline_us: int) -> WorkDone:
+        """Allocate a pair's memory; runs in the watcher thread."""
+        try:
+            args_fd, out_fd = create_descriptors(pair.shape)
+        except OSError as error:
+            reason = f"no memory for {pair.shape.total_bytes} bytes: {error.strerror}"
+            return WorkDone(lambda: self._refuse_pair(request, pair, reason))
+        return WorkDone(lambda: self._grant(request, pair, deadline_us, args_fd, out_fd))
+
+    def _refuse_pair(self, request: Request, pair: Pair, reason: str) -> None:
+        if pair.state is PairState.PLANNED:
+            self._books.abandon(pair)
+        self._outbox.send_reply(SendReply(request, "Busy", AbiErrorCode.BUSY, reason))
+
+    def _grant(self, request: Request, pair: Pair, deadline_us: int, args_fd: int, out_fd: int) -> None:
+        host = self.links.get(request.session_id)
+        if host is None or pair.state is not PairState.PLANNED:  # the host left meanwhile
+            close_all([args_fd, out_fd])
+            return
+        try:
+            self._store.add(pair, args_fd, out_fd)
+        except OSError as error:
+            self._refuse_pair(request, pair, str(error))
+            return
+        pair.state = PairState.GRANTED
+        shape = pair.shape
+        granted = messages.Segment(
+            request_id=request.request_id,
+            arena=pair.arena.id,
+            index=pair.index,
+            count=shape.count,
+            args_stride=shape.args_stride,
+            out_stride=shape.out_stride,
+            deadline_us=deadline_us,
+        )
+        try:
+            send_message(host.channel, encode(granted), [args_fd, out_fd])
+        except (ChannelClosed, OSError):
+            self.left(request.session_id)
+
+    def _on_mapped(self, peer: bytes, count: int, message: bytes) -> None:
+        asked = decode(messages.Mapped, message)
+        pair = self._books.pair_of(peer, asked.arena, asked.index)
+        if isinstance(pair, Refusal) or pair.state is not PairState.GRANTED:
+            raise ProtocolError(f"pair {asked.index} of arena {asked.arena} was not granted to this host")
+        try:
+            self._store.seal(pair)
+        except OSError as error:  # the host holds the segment too, and has sealed it its own way
+            self.left(peer)
+            raise ProtocolError(f"pair {asked.index} of arena {asked.arena} cannot be sealed: {error}") from None
+        self._books.mapped(pair)
+
+    def _on_give_back(self, peer: bytes, count: int, message: bytes) -> None:
+        asked = decode(messages.GiveBack, message)
+        pair = self._books.pair_of(peer, asked.arena, asked.index)
+        if isinstance(pair, Refusal):
+            raise ProtocolError(pair.message)
+        if self._books.retire(pair):
+            self._perform([DropPair(pair)])
+
+
+def _not_found(request: Request) -> SendReply:
+    return SendReply(request, "ContractNotFound", AbiErrorCode.HOST_CONTRACT_NOT_FOUND, "host contract not found")

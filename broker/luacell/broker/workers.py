@@ -1,0 +1,259 @@
+"""The worker processes behind the workforce: their descriptors, their deaths, and the worker host that has them.
+
+It hears of starts and exits from the worker host, of deaths from pidfds, and gives its orders. What follows from a
+death is the dispatcher's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from luacell.broker import model
+from luacell.broker.books import Pair
+from luacell.broker.causes import UNKNOWN, Cause
+from luacell.broker.dispatcher import Dispatcher
+from luacell.broker.model import Effect, Worker
+from luacell.broker.store import SegmentStore
+from luacell.broker.watcher import Watcher
+from luacell.protocol import headers, messages
+from luacell.protocol.errors import ProtocolError
+from luacell.protocol.headers import Op
+from luacell.protocol.limits import NS_PER_MS
+from luacell.protocol.memory.channel import ChannelClosed, send_message
+from luacell.protocol.messages import decode, encode
+
+log = logging.getLogger("luacell.broker")
+
+CLOSING_WAIT_NS: Final = 20 * NS_PER_MS  # a dying process closes its descriptors just before its pidfd tells
+CAUSE_WAIT_NS: Final = 250 * NS_PER_MS  # a pidfd may be faster than the worker host's report of the cause
+
+
+@dataclass(slots=True, eq=False)
+class WorkerLink:
+    """What the broker holds of a worker process: a pidfd and one end of its socketpair."""
+
+    worker: Worker
+    pidfd: int
+    channel: socket.socket
+    closed_ns: int = 0  # when the socketpair was found closed
+    died_ns: int = 0  # when the pidfd reported its death, while the cause is awaited
+
+
+class Workers:
+    """All worker processes of one broker.
+
+    Args:
+        dispatcher: is told what happens to workers.
+        store: has the descriptors of segments.
+        watcher: reports deaths.
+        perform: performs effects.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        store: SegmentStore,
+        watcher: Watcher,
+        perform: Callable[[Iterable[Effect]], None],
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._workforce = dispatcher.workforce
+        self._store = store
+        self._watcher = watcher
+        self._perform = perform
+        self._host: socket.socket | None = None
+        self._links: dict[int, WorkerLink] = {}
+        self._ready_early: set[Worker] = set()
+        self._closing: dict[int, WorkerLink] = {}
+        self._dying: dict[int, WorkerLink] = {}
+
+    @property
+    def awaits(self) -> bool:
+        """Whether something is to be looked at again soon."""
+        return bool(self._dying or self._closing)
+
+    def time_passed(self, now_ns: int) -> None:
+        """Give up waiting for a death that was announced, or for the cause of one."""
+        for link in [link for link in self._closing.values() if now_ns - link.closed_ns >= CLOSING_WAIT_NS]:
+            del self._closing[link.worker.id]
+            self.lost(link.worker)
+        for link in [link for link in self._dying.values() if now_ns - link.died_ns >= CAUSE_WAIT_NS]:
+            self._died(link.worker, UNKNOWN)
+
+    def lost(self, worker: Worker) -> None:
+        """A worker cannot be trusted or reached any more: it must die."""
+        self._perform(self._dispatcher.worker_lost(worker, time.monotonic_ns()))
+
+    def close(self) -> None:
+        """Close what belongs to workers and their host."""
+        for link in list(self._links.values()):
+            self._close(link)
+        if self._host is not None:
+            self._host.close()
+
+    # -- the worker host ------------------------------------------------------------------------------------------
+    def host_joined(self, channel: socket.socket) -> None:
+        """A worker host has said hello.
+
+        Raises:
+            ProtocolError: there is one already.
+        """
+        if self._host is not None:
+            raise ProtocolError("this broker has a worker host already")
+        self._host = channel
+
+    def start(self) -> None:
+        """Order the first workers, now that the worker host has been welcomed."""
+        effects: list[Effect] = []
+        self._workforce.host_joined(time.monotonic_ns(), effects)
+        self._perform(effects)
+
+    def is_host(self, channel: socket.socket) -> bool:
+        """Tell whether a descriptor channel is the worker host's."""
+        return channel is self._host
+
+    def host_left(self, reason: str) -> None:
+        """Its workers die with it, by the kernel's hand; their pidfds will tell."""
+        log.error("worker host is gone", extra={"fields": {"reason": reason}})
+        channel, self._host = self._host, None
+        self._perform(self._dispatcher.worker_host_left(time.monotonic_ns()))
+        if channel is not None:
+            channel.close()
+        for link in list(self._dying.values()):
+            self._died(link.worker, UNKNOWN)
+        for worker in [w for w in self._workforce.by_id.values() if w.id not in self._links]:
+            self._died(worker, Cause(problem="the worker host died while starting it"))
+
+    def on_report(self, op: Op, message: bytes, descriptors: list[int]) -> bool:
+        """Act on a message of the worker host; tell whether the descriptors were taken over.
+
+        Raises:
+            ProtocolError: it is not one that a worker host may send.
+        """
+        if op is Op.STARTED and len(descriptors) == 2:
+            self._on_started(decode(messages.Started, message), *descriptors)
+            return True
+        if op is not Op.EXITED:
+            raise ProtocolError(f"operation {op.name} with {len(descriptors)} descriptors is not for worker hosts")
+        exited = decode(messages.Exited, message)
+        worker = self._workforce.by_id.get(exited.worker)
+        if worker is not None:
+            self._died(worker, Cause(exited.signal, exited.exit_code, exited.problem))
+        return False
+
+    def _on_started(self, started: messages.Started, pidfd: int, channel_fd: int) -> None:
+        channel = socket.socket(fileno=channel_fd)
+        channel.setblocking(False)
+        worker = self._workforce.by_id.get(started.worker)
+        if worker is None or worker.id in self._links:
+            channel.close()
+            os.close(pidfd)
+            return
+        worker.pid = started.pid
+        link = self._links[worker.id] = WorkerLink(worker, pidfd, channel)
+        self._watcher.watch_end(pidfd, "worker", link)
+        self._watcher.watch_end(channel.fileno(), "socketpair", link)
+        if worker in self._ready_early:
+            self._ready_early.discard(worker)
+            self._perform(self._dispatcher.worker_ready(worker, time.monotonic_ns()))
+
+    def order_start(self, effect: model.StartWorker) -> None:
+        """Perform StartWorker."""
+        worker = effect.worker
+        self._order(messages.Start(worker=worker.id, routing_id=worker.routing_id))
+
+    def order_kill(self, effect: model.KillWorker) -> None:
+        """Perform KillWorker."""
+        self._order(messages.Kill(worker=effect.worker.id))
+
+    def _order(self, order: messages.Start | messages.Kill) -> None:
+        channel = self._host
+        if channel is None:
+            return
+        try:
+            send_message(channel, encode(order))
+        except (ChannelClosed, OSError) as error:
+            self._watcher.forget_channel(channel)
+            self.host_left(f"it takes no orders: {error}")
+
+    # -- workers --------------------------------------------------------------------------------------------------
+    def on_message(self, worker: Worker, op: Op, count: int, message: bytes) -> None:
+        """Act on a message of a worker.
+
+        Raises:
+            ProtocolError: it is not one that a worker may send.
+        """
+        now_ns = time.monotonic_ns()
+        if op is Op.DONE:
+            for record in headers.parse_records(op, count, message):
+                self._perform(self._dispatcher.worker_done(worker, headers.Done._make(record), now_ns))
+        elif op is Op.LOADED:
+            loaded = decode(messages.Loaded, message)
+            self._perform(self._dispatcher.worker_loaded(worker, loaded.problem, loaded.reason, now_ns))
+        elif op is Op.READY:
+            decode(messages.Ready, message)
+            if worker.id in self._links:
+                self._perform(self._dispatcher.worker_ready(worker, now_ns))
+            else:  # the worker host's report of its descriptors is on the other channel, still on its way
+                self._ready_early.add(worker)
+        else:
+            raise ProtocolError(f"operation {op.name} is not for workers")
+
+    def ended(self, link: WorkerLink) -> None:
+        """A worker's pidfd reports its death; the cause comes from the worker host, where there is one."""
+        if self._links.get(link.worker.id) is not link:
+            return
+        if self._host is None:
+            self._died(link.worker, UNKNOWN)
+        else:
+            self._closing.pop(link.worker.id, None)
+            link.died_ns = time.monotonic_ns()
+            self._dying[link.worker.id] = link
+
+    def closed(self, link: WorkerLink) -> None:
+        """A worker's socketpair is closed: it is dying, or has closed its descriptors."""
+        if self._links.get(link.worker.id) is link:
+            link.closed_ns = time.monotonic_ns()
+            self._closing[link.worker.id] = link
+
+    def send_map(self, worker: Worker, pair: Pair) -> bool:
+        """Give a worker a pair of segments; tell whether it could be sent."""
+        stored = self._store.get(pair)
+        shape = pair.shape
+        message = messages.Map(
+            arena=pair.arena.id,
+            index=pair.index,
+            count=shape.count,
+            args_stride=shape.args_stride,
+            out_stride=shape.out_stride,
+        )
+        link = self._links.get(worker.id)
+        if link is None:
+            return False
+        try:
+            send_message(link.channel, encode(message), [stored.args_fd, stored.out_fd])
+        except (ChannelClosed, OSError):
+            return False
+        worker.mapped.add(pair)
+        return True
+
+    def _died(self, worker: Worker, cause: Cause) -> None:
+        self._ready_early.discard(worker)
+        self._closing.pop(worker.id, None)
+        self._dying.pop(worker.id, None)
+        self._perform(self._dispatcher.worker_died(worker, cause, time.monotonic_ns()))
+        link = self._links.pop(worker.id, None)
+        if link is not None:
+            self._close(link)
+
+    def _close(self, link: WorkerLink) -> None:
+        self._watcher.forget_end(link.pidfd)
+        self._watcher.forget_end(link.channel.fileno())
+        os.close(link.pidfd)
+        link.channel.close()
