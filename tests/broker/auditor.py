@@ -90,6 +90,7 @@ class Auditor:
         self._by_number: dict[int, Truth] = {}
         self._by_call: dict[model.Call, Truth] = {}
         self._by_id: dict[tuple[bytes, int], Truth] = {}
+        self._void_cancels: set[tuple[bytes, int]] = set()  # of calls that are over, or never were
         self._refusals: Counter[tuple[bytes, int]] = Counter()
         self._open: dict[Truth, None] = {}  # those whose slot is not free
         self._unanswered: dict[Truth, None] = {}
@@ -142,6 +143,8 @@ class Auditor:
         truth = self._by_id.get((session_id, call_id))
         if truth is not None:
             truth.is_cancelled = True
+        else:
+            self._void_cancels.add((session_id, call_id))
 
     def asked(self, request: Request) -> None:
         """A host's request is at the broker."""
@@ -331,6 +334,9 @@ class Auditor:
     def _saw_released(self, session_id: bytes, call_id: int) -> None:
         self.note("released", session_id.hex()[-4:], call_id)
         truth = self._by_id.get((session_id, call_id))
+        if truth is None and (session_id, call_id) in self._void_cancels:
+            self._void_cancels.remove((session_id, call_id))
+            return
         self.demand(truth is not None and truth.is_kept, "RELEASED of a call whose slot was not kept:", call_id)
         assert truth is not None
         self.demand(not truth.is_host_gone, truth, "is released to nobody")

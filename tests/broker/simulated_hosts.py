@@ -13,7 +13,7 @@ from luacell.broker.registry import ContractRecord
 from luacell.protocol.headers import HAS_ARGS, HAS_OUT, Call
 from luacell.protocol.limits import DEADLINE_MAX_US, NS_PER_MS
 from luacell.protocol.messages import Settings
-from luacell.protocol.slots import SLOT_SHIFT
+from luacell.protocol.slots import GENERATION_MASK, SLOT_SHIFT
 from tests.broker.simulated_memory import Slot
 from tests.broker.simulated_time import Wire
 
@@ -30,12 +30,17 @@ REFUSED = "unused"
 
 @dataclass(slots=True, eq=False)
 class HostSlot:
-    """A slot as its host sees it."""
+    """A slot as its host sees it.
+
+    Attributes:
+        used: the generation of its last call that had an answer of the broker's; 1 before the first.
+    """
 
     arena: int
     number: int
     memory: Slot
     generation: int = 1
+    used: int = 1
     is_given_back: bool = False
 
 
@@ -65,6 +70,7 @@ class SimulatedHost:
         self.outbox = Wire(world.schedule)
         self.grants = Wire(world.schedule)
         self.calls: dict[int, list[HostCall]] = {}
+        self.cancelled: set[int] = set()
         self.requests: set[int] = set()
         self._free: dict[int, list[HostSlot]] = {}
         self._leased: dict[int, int] = {}  # pairs asked for, by contract
@@ -153,6 +159,7 @@ class SimulatedHost:
     def _cancel(self) -> None:
         rng = self.world.schedule.rng
         call_id = rng.choice(list(self.calls)) if self.calls and rng.random() < 0.9 else rng.randrange(1, 1000)
+        self.cancelled.add(call_id)
         self.outbox.send(lambda: self.world.server.on_cancel(self, call_id))
 
     def register(self, record: ContractRecord, *, replace: bool) -> None:
@@ -180,7 +187,7 @@ class SimulatedHost:
             self._call_twice(contract_id, free)
             return
         bad = (
-            good._replace(generation=slot.generation + 1000),
+            good._replace(generation=(slot.used - 1) & GENERATION_MASK),
             good._replace(arena=slot.arena + rng.choice((-1, 1, 1000))),
             good._replace(slot=slot.number + (1 << SLOT_SHIFT << 8)),
             good._replace(slot=slot.number | SLOTS),
@@ -236,7 +243,9 @@ class SimulatedHost:
             self._keep_or_free(call_id, call, fate == "free")
 
     def on_released(self, call_id: int) -> None:
-        kept = [call for call in self.calls[call_id] if call.is_kept]
+        kept = [call for call in self.calls.get(call_id, ()) if call.is_kept]
+        if not kept and call_id in self.cancelled:  # it was over when the CANCEL came
+            return
         assert len(kept) == 1, f"RELEASED for call {call_id}, of which {len(kept)} are kept"
         kept[0].is_kept = False
         self._keep_or_free(call_id, kept[0], is_free=True)
@@ -260,7 +269,8 @@ class SimulatedHost:
         self._forget(call_id, call)
         slot = call.slot
         assert slot is not None
-        slot.generation += 1
+        slot.used = slot.generation
+        slot.generation += self.world.schedule.rng.choice((1, 1, 2))  # hosts that are not sure count on
         if not slot.is_given_back:
             self._free[call.contract_id].append(slot)
 

@@ -183,6 +183,19 @@ def test_a_slot_of_any_generation_is_taken_once_and_the_next_one_wraps_with_its_
 
 
 @pytest.mark.parametrize(
+    ("last", "ahead"), [(1, 2), (1, 1000), (1, 0x80000000), (0xFFFFFFFF, 0), (0x90000000, 0x0FFFFFFF)]
+)
+def test_a_host_may_count_on_without_a_call(last: int, ahead: int) -> None:
+    books = Books()
+    pair = usable(books)
+    books.slots[pair.slot_key(0)].generation = last
+    book = take(books, call_with(pair, generation=ahead))
+    books.release_slot(book)
+    assert refused(books.take_slot(HOST, call_with(pair, generation=ahead))) is AbiErrorCode.STALE_HANDLE
+    assert book.generation == (ahead + 1) & 0xFFFFFFFF
+
+
+@pytest.mark.parametrize(
     ("change", "code"),
     [
         ({"arena": 99}, AbiErrorCode.STALE_HANDLE),
@@ -191,7 +204,8 @@ def test_a_slot_of_any_generation_is_taken_once_and_the_next_one_wraps_with_its_
         ({"slot": 4}, AbiErrorCode.STALE_HANDLE),
         ({"slot": 0xFFFFFFFF}, AbiErrorCode.STALE_HANDLE),
         ({"generation": 0}, AbiErrorCode.STALE_HANDLE),
-        ({"generation": 2}, AbiErrorCode.STALE_HANDLE),
+        ({"generation": 0x80000001}, AbiErrorCode.STALE_HANDLE),
+        ({"generation": 0xFFFFFFFF}, AbiErrorCode.STALE_HANDLE),
         ({"args_size": SHAPE.args_capacity + 1}, AbiErrorCode.BAD_REQUEST),
         ({"out_size": SHAPE.out_capacity + 1}, AbiErrorCode.BAD_REQUEST),
         ({"out_size": 0xFFFFFFFF}, AbiErrorCode.BAD_REQUEST),

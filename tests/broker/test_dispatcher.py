@@ -136,7 +136,7 @@ def test_a_call_id_is_not_used_twice_while_its_slot_is_not_free(bench: Bench) ->
 
 
 def test_a_handle_is_checked(bench: Bench) -> None:
-    bench.send(bench.header()._replace(generation=5))
+    bench.send(bench.header()._replace(generation=0))
     assert bench.failure.code is AbiErrorCode.STALE_HANDLE
 
 
@@ -368,8 +368,19 @@ def test_cancelling_what_has_a_result_relays_it_and_spares_the_worker() -> None:
     assert worker.state is BUSY
 
 
-def test_cancelling_an_unknown_call_does_nothing(bench: Bench) -> None:
-    assert bench.dispatcher.call_cancelled(HOST, 999, bench.now_ns) == []
+def test_cancelling_a_call_that_is_not_in_flight_tells_that_its_slot_is_free(bench: Bench, worker: Worker) -> None:
+    assert bench.dispatcher.call_cancelled(HOST, 999, bench.now_ns) == [SendReleased(HOST, 999)]
+    call = bench.call()
+    bench.done(call)
+    assert bench.cancel(call) == [SendReleased(HOST, call.header.call_id)]
+
+
+def test_cancelling_a_call_twice_tells_once_that_its_slot_is_free(bench: Bench, worker: Worker) -> None:
+    call = bench.call()
+    bench.cancel(call)
+    assert bench.cancel(call) == []
+    bench.done(call)
+    assert bench.has(SendReleased)
 
 
 # -- deaths of workers ------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def test_the_quick_way_does_what_the_long_way_does() -> None:
     [
         {"contract_id": 99},
         {"arena": 99},
-        {"generation": 2},
+        {"generation": 0},
         {"args_size": 1 << 30},
         {"out_size": 1 << 30},
         {"flags": 0},

@@ -146,10 +146,11 @@ def test_m05_handles_that_are_not_good_are_stale_or_unauthorized(
             ({"arena": 1 << 20}, stale),
             ({"arena": theirs.arena}, foreign),
             ({"generation": 0}, stale),
-            ({"generation": 2}, stale),
+            ({"generation": (1 << 31) + 1}, stale),
+            ({"generation": 2, "slot": grant.slot | 1}, stale),  # one ahead of what the slot's word holds
         ):
             peer.call(call_id=1, **(good | fields))
-            assert peer.refused_with() is code
+            assert peer.answer() == (1, code)
     grant.stamp(1)
     peer.call(call_id=2, **good)
     assert peer.result().code == 0

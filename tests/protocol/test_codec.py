@@ -2,13 +2,14 @@
 
 import struct
 import tracemalloc
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luacell.protocol.codec import pack, unpack
+from luacell.protocol.codec import pack, size_of, unpack
 from luacell.protocol.errors import ProtocolError
 from luacell.protocol.limits import MIB, NODES_MAX
 from tests.protocol.support import plain_values, steady
@@ -136,3 +137,30 @@ def test_truncated_data_is_refused(value: Any, data: st.DataObject) -> None:
     packed = pack(value)
     with pytest.raises(ProtocolError):
         unpack(packed[: data.draw(st.integers(0, len(packed) - 1))])
+
+
+# -- the size of a value in a buffer that holds more ---------------------------------------------------------
+@steady
+@given(plain_values(), st.binary(max_size=50))
+def test_size_of_a_value_is_known_whatever_lies_behind_it(value: Any, rest: bytes) -> None:
+    assert size_of(pack(value) + rest) == len(pack(value))
+
+
+@steady
+@given(plain_values(), st.data())
+def test_value_that_is_cut_off_has_no_size(value: Any, data: st.DataObject) -> None:
+    packed = pack(value)
+    with pytest.raises(ProtocolError, match="malformed msgpack"):
+        size_of(packed[: data.draw(st.integers(0, len(packed) - 1))])
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS.keys())
+def test_finding_a_size_costs_no_memory(bomb: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with suppress(ProtocolError):
+            assert size_of(bomb) <= len(bomb)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < MEMORY_MAX

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from luacell.protocol.fields import decode, encode
+from luacell.protocol.fields import decode, encode, size_of
 from luacell.protocol.headers import Op, encode_records, parse_preamble, parse_records
 from tests.protocol.golden import EXAMPLES, PATH, described, from_json, read_golden_frames, to_json
 from tests.protocol.support import MESSAGES, RECORDS
@@ -43,6 +43,12 @@ def test_golden_frame_is_decoded_field_by_field(op: Op, frame: dict[str, Any]) -
     else:
         assert count == 1
         assert decode(MESSAGES[op], data) == MESSAGES[op](**from_json(frame["fields"]))
+
+
+@pytest.mark.parametrize(("op", "frame"), FRAMES)
+def test_golden_frame_ends_where_it_ends_in_a_larger_buffer(op: Op, frame: dict[str, Any]) -> None:
+    data = bytes.fromhex(frame["hex"])
+    assert size_of(memoryview(data + bytes(100))) == len(data)
 
 
 def test_golden_file_holds_the_examples_it_is_made_of() -> None:

@@ -124,6 +124,13 @@ class Peer:
         (record,) = headers.parse_records(op, count, message)
         return headers.Result._make(record)
 
+    def released(self) -> list[int]:
+        """Receive a RELEASED; return its call ids."""
+        message = self.receive()
+        op, count = headers.parse_preamble(message)
+        assert op is Op.RELEASED, op
+        return [call_id for (call_id,) in headers.parse_records(op, count, message)]
+
     def answer(self) -> tuple[int, int]:
         """Receive the answer to a call, whichever it is; return call id and code."""
         message = self.receive()

@@ -222,7 +222,7 @@ SIZES = {"flags": BOTH, "args_size": 4, "out_size": 4}
         pytest.param({"slot": 1 << 16}, STALE, id="a pair that never was"),
         pytest.param({"slot": U32}, STALE, id="the largest slot"),
         pytest.param({"generation": 0}, STALE, id="a generation before"),
-        pytest.param({"generation": 2}, STALE, id="a generation ahead"),
+        pytest.param({"generation": 1 + (1 << 31)}, STALE, id="a generation too far ahead"),
         pytest.param({"generation": U32}, STALE, id="the largest generation"),
         pytest.param({"args_size": 4096 - 128 + 1}, BAD_REQUEST, id="args beyond the slot"),
         pytest.param({"out_size": 8192 - 128 + 1}, BAD_REQUEST, id="out beyond the slot"),
@@ -314,8 +314,9 @@ def test_calls_in_one_message_are_judged_one_by_one(peer: Peer, contract_id: int
     assert found == {1: 0, 2: BAD_REQUEST, 3: 0}
 
 
-def test_cancel_of_an_unknown_call_is_nothing(peer: Peer) -> None:
+def test_cancel_of_an_unknown_call_is_told_that_nobody_touches_its_slot(peer: Peer) -> None:
     peer.send(encode_records(Op.CANCEL, [(12345,), (U64,)]))
+    assert [*peer.released(), *peer.released()] == [12345, U64]
     assert peer.is_served()
 
 
@@ -475,8 +476,7 @@ def test_hosts_that_are_gone_before_their_welcome_leave_no_trace(healthy: LuaHos
                 for _ in range(100):
                     with channel(directory) as connection:
                         send_message(connection, HOST)
-            assert healthy.health()["broker_pid"]
-    assert can_connect(directory)
+            assert can_connect(directory), "those before it in the queue were accepted"
     assert healthy.health()["hosts"] == 1
 
 

@@ -16,11 +16,11 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 from luacell.broker.rundir import RunDirectory, RunDirectoryError
 from luacell.broker.server import Server
+from luacell.broker.signals import SignalPipe
 from luacell.protocol.limits import SPARES_MAX
 from luacell.protocol.logs import configure_logging
 
@@ -40,8 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if options.parent:
         _end_with(options.parent, run_directory, options.ephemeral)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave)
+    signals = SignalPipe((signal.SIGTERM, signal.SIGINT))
     server = Server(run_directory, options.spares)
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
@@ -49,14 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
         os.write(options.ready_fd, b"1")
         os.close(options.ready_fd)
     try:
-        server.run()
-    except SystemExit:
-        return 0
+        server.run(signals)
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-        server.close()
-        run_directory.close(remove=options.ephemeral)
+        try:
+            server.close()
+        finally:
+            run_directory.close(remove=options.ephemeral)
     return 0
 
 
@@ -76,10 +73,6 @@ def _spares(text: str) -> int:
     if not 0 <= value <= SPARES_MAX:
         raise argparse.ArgumentTypeError(f"{value} is outside 0..{SPARES_MAX}")
     return value
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(0)
 
 
 def _raise_descriptor_limit() -> None:

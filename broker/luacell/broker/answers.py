@@ -98,11 +98,11 @@ def deadline_exceeded(call: Call, began: Began, now_ns: int, *, limit: str = "",
     return _failure(call, AbiErrorCode.DEADLINE_EXCEEDED, text, began, now_ns, slot=slot, limit=bound)
 
 
-def out_of_memory(call: Call, now_ns: int) -> SendFailure:
+def out_of_memory(call: Call, now_ns: int, *, slot: str = "free") -> SendFailure:
     """Say that a call ran into its contract's memory limit."""
     bound = f"memory {call.contract.record.settings.memory / MIB:g} MiB"
     text = f"{call.title}: used more than its {bound}; its state is lost, raise `memory` if it needs more"
-    return _failure(call, AbiErrorCode.OUT_OF_MEMORY, text, "yes", now_ns, limit=bound)
+    return _failure(call, AbiErrorCode.OUT_OF_MEMORY, text, "yes", now_ns, slot=slot, limit=bound)
 
 
 def crashed(call: Call, cause: Cause, verdict: str, began: Began, now_ns: int) -> SendFailure:

@@ -17,11 +17,10 @@ from typing import Final, NamedTuple
 from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.headers import Call
 from luacell.protocol.limits import HOST_MEMORY_MAX, SEGMENTS_PER_ARENA_MAX, TOTAL_MEMORY_MAX
-from luacell.protocol.slots import SLOT_SHIFT, SlotShape
+from luacell.protocol.slots import GENERATION_MASK, SLOT_SHIFT, SlotShape
 
 _POSITION_MASK: Final = (1 << SLOT_SHIFT) - 1
 ARENA_BITS: Final = 32
-GENERATION_MASK: Final = 0xFFFFFFFF
 
 
 class Refusal(NamedTuple):
@@ -48,7 +47,7 @@ class SlotBook:
     """What the broker knows of one slot of a usable pair.
 
     Attributes:
-        generation: of the next call; its complement, which is negative, while a call is in flight: no call fits it.
+        generation: the oldest that its next call may have; while a call is in flight, the complement of that call's.
     """
 
     __slots__ = ("args_capacity", "contract_id", "generation", "out_capacity", "pair", "session")
@@ -60,6 +59,13 @@ class SlotBook:
         self.generation = 1
         self.args_capacity = pair.shape.args_capacity
         self.out_capacity = pair.shape.out_capacity
+
+    def fits(self, generation: int) -> bool:
+        """Whether a call of this generation may have the slot: it is free, and no call of the past has had it.
+
+        A host that does not know whether a call of its has arrived counts on; "later" is that of RFC 1982.
+        """
+        return self.generation >= 0 and (generation - self.generation) & GENERATION_MASK <= GENERATION_MASK >> 1
 
 
 @dataclass(slots=True, eq=False)
@@ -185,7 +191,7 @@ class Books:
         book = self.slots.get(call.slot << ARENA_BITS | call.arena)
         if (
             book is None
-            or book.generation != call.generation
+            or not book.fits(call.generation)
             or book.contract_id != call.contract_id
             or book.session != session
             or call.args_size > book.args_capacity
@@ -243,7 +249,7 @@ def _unfit(book: SlotBook | None, session: bytes, call: Call) -> Refusal:
         return Refusal(AbiErrorCode.UNAUTHORIZED, f"{where} serves another contract")
     if book.generation < 0:
         return Refusal(AbiErrorCode.BAD_REQUEST, f"{where} is in flight")
-    if book.generation != call.generation:
+    if not book.fits(call.generation):
         text = f"generation {call.generation} is stale; {where} is at {book.generation}"
         return Refusal(AbiErrorCode.STALE_HANDLE, text)
     return Refusal(

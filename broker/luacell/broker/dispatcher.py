@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from luacell.broker import answers
-from luacell.broker.books import ARENA_BITS, GENERATION_MASK, Books, PairState, Refusal
+from luacell.broker.books import ARENA_BITS, Books, PairState, Refusal
 from luacell.broker.catalogue import Catalogue
 from luacell.broker.causes import SIGALRM, Cause
 from luacell.broker.model import (
@@ -60,7 +60,7 @@ from luacell.protocol.limits import (
     NS_PER_US,
     START_LIMIT_NS,
 )
-from luacell.protocol.slots import Answer
+from luacell.protocol.slots import GENERATION_MASK, Answer
 
 KILL_AFTER_NS: Final = 100 * NS_PER_MS  # at its caller's deadline a call that ran this long costs its worker
 ATTEMPTS_MAX: Final = 2  # a call that was not begun is handed out once more
@@ -238,18 +238,26 @@ class Dispatcher:
         return call
 
     def call_cancelled(self, session_id: bytes, call_id: int, now_ns: int) -> list[Effect]:
-        """A host no longer wants an answer; unknown calls were answered meanwhile."""
+        """A host no longer wants an answer.
+
+        Where the call is over, or never came, the host is told that nobody else can touch its slot: it may not know
+        whether its message left, or have lost the answer to a signal.
+        """
         effects: list[Effect] = []
         session = self.sessions.get(session_id)
-        call = session.calls.get(call_id) if session is not None else None
-        if call is None or call.answered:
+        if session is None:
+            return effects
+        call = session.calls.get(call_id)
+        if call is None:
+            return [SendReleased(session_id, call_id)]
+        if call.answered:
             return effects
         if call.state is QUEUED:
             call.contract.queue.remove(call.session, call)
             effects.append(answers.cancelled(call, "no", now_ns))
             self._end(call, effects)
             return effects
-        seen = self._give_up(call, effects)
+        seen = self._give_up(call, now_ns, effects)
         if not _has_result(call, seen):
             effects.append(answers.cancelled(call, _began(call, seen), now_ns, slot="kept"))
         if _is_running(call, seen) and now_ns - call.sent_ns >= KILL_AFTER_NS:
@@ -402,11 +410,8 @@ class Dispatcher:
         elif done.flags & headers.NOT_BEGUN:
             effects.append(answers.deadline_exceeded(call, "no", now_ns))
             self._end(call, effects)
-        elif done.code == AbiErrorCode.OUT_OF_MEMORY:  # the worker does not know what the broker calls its contract
-            effects.append(answers.out_of_memory(call, now_ns))
-            self._end(call, effects)
         else:
-            effects.append(self._result(call, done, slot_free=True))
+            effects.append(self._result(call, done, now_ns, slot_free=True))
             self._end(call, effects)
 
     def _bury(self, call: Call, cause: Cause, verdict: str, now_ns: int, effects: list[Effect]) -> None:
@@ -456,7 +461,7 @@ class Dispatcher:
         elif call.answered:
             self._end_run(call, self._memory.look(call), now_ns, effects)
         else:
-            seen = self._give_up(call, effects)
+            seen = self._give_up(call, now_ns, effects)
             if not _has_result(call, seen):
                 run_limit = f"run_limit {call.contract.run_limit_ns / NS_PER_S:g} s"
                 limit = "" if now_ns >= call.deadline_ns else run_limit
@@ -502,7 +507,7 @@ class Dispatcher:
             return None
         return contract
 
-    def _give_up(self, call: Call, effects: list[Effect]) -> Answer:
+    def _give_up(self, call: Call, now_ns: int, effects: list[Effect]) -> Answer:
         """End the wait for a call that a worker holds: it must not be begun, and what it has done counts.
 
         Its slot stays in quarantine. Where it has no result, the caller sends a failure.
@@ -514,11 +519,13 @@ class Dispatcher:
         seen = self._memory.look(call)
         call.answered = True
         if _has_result(call, seen):
-            effects.append(self._result(call, seen, slot_free=False))
+            effects.append(self._result(call, seen, now_ns, slot_free=False))
         return seen
 
-    def _result(self, call: Call, done: headers.Done | Answer, *, slot_free: bool) -> SendResult:
+    def _result(self, call: Call, done: headers.Done | Answer, now_ns: int, *, slot_free: bool) -> Effect:
         """Make a worker's answer fit to be relayed: sizes are within what the host asked for."""
+        if done.code == AbiErrorCode.OUT_OF_MEMORY:  # the worker does not know what the broker calls its contract
+            return answers.out_of_memory(call, now_ns, slot="free" if slot_free else "kept")
         self.answered_count += 1
         out_size = min(done.out_size, call.header.out_size)
         return SendResult(call, done.code, out_size, min(done.error_size, ERROR_TEXT_MAX), slot_free)

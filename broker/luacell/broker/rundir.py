@@ -54,12 +54,10 @@ class RunDirectory:
 
     def close(self, *, remove: bool) -> None:
         """Remove the sockets and give the lock back; with `remove` the directory goes too."""
-        for path in (self.broker_socket, self.descriptor_socket):
-            path.unlink(missing_ok=True)
         if remove:
-            (self.path / LOCK_FILE).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
+            remove_run_directory(self.path)
+        else:
+            _remove_sockets(self.path)
         os.close(self._lock)
 
     def _check_length(self) -> None:
@@ -99,6 +97,19 @@ class RunDirectory:
             os.close(lock)
             raise RunDirectoryError(f"another broker serves {self.path} (it holds {path})") from None
         return lock
+
+
+def remove_run_directory(path: Path) -> None:
+    """Remove a run directory that nobody holds, and what brokers make in it; anything else stays."""
+    _remove_sockets(path)
+    (path / LOCK_FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
+def _remove_sockets(path: Path) -> None:
+    for name in (BROKER_SOCKET, DESCRIPTOR_SOCKET):
+        (path / name).unlink(missing_ok=True)
 
 
 def _unlink_socket(path: Path) -> None:

@@ -7,6 +7,7 @@ straight to the dispatcher.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -14,7 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import zmq
 
@@ -26,8 +27,9 @@ from luacell.broker.model import Effect, SendFailure, Worker
 from luacell.broker.outbox import Outbox
 from luacell.broker.registry import Registry
 from luacell.broker.rundir import RunDirectory
+from luacell.broker.signals import SignalPipe
 from luacell.broker.store import SegmentStore
-from luacell.broker.watcher import Connected, Disconnected, Ended, Received, Watcher, WorkDone
+from luacell.broker.watcher import Connected, Disconnected, Ended, Received, Signalled, Watcher, WorkDone
 from luacell.broker.workers import WorkerLink, Workers
 from luacell.protocol import headers, messages
 from luacell.protocol.errors import AbiErrorCode, ProtocolError
@@ -53,6 +55,10 @@ _unpack_call: Final = headers.CALL.unpack_from
 _unpack_done: Final = headers.DONE.unpack_from
 _new_call: Final = partial(tuple.__new__, headers.Call)  # NamedTuple._make without its frame
 _new_done: Final = partial(tuple.__new__, headers.Done)
+
+
+class Leave(Exception):
+    """The loop is to end; raised between two messages."""
 
 
 class Server:
@@ -112,9 +118,19 @@ class Server:
         finally:
             os.umask(previous)
 
-    def run(self) -> None:
-        """Serve until an exception ends it (the signal handlers and `stop` raise SystemExit)."""
+    def run(self, signals: SignalPipe | None = None) -> None:
+        """Serve until a signal comes, or `stop` is called.
+
+        Args:
+            signals: those that end it.
+        """
         self._watcher.start()
+        if signals is not None:
+            self._watcher.watch_signals(signals)
+        with contextlib.suppress(Leave):
+            self._loop()
+
+    def _loop(self) -> NoReturn:
         receive, clock = self._router.recv, time.monotonic_ns
         while True:
             try:
@@ -130,7 +146,7 @@ class Server:
                 self._pass_time(now_ns)
 
     def stop(self) -> None:
-        """Make `run` raise SystemExit; may be called from another thread."""
+        """Make `run` return; may be called from another thread."""
         self._watcher.order(lambda: WorkDone(_leave_loop))
 
     def close(self) -> None:
@@ -260,6 +276,8 @@ class Server:
                 self._on_connected(channel)
             case WorkDone(tell):
                 tell()
+            case Signalled(number):
+                raise Leave(f"signal {number}")
 
     def _on_connected(self, channel: socket.socket) -> None:
         if len(self._hosts.links) >= SESSIONS_MAX:
@@ -346,7 +364,7 @@ def _new_routing_id() -> bytes:
 
 
 def _leave_loop() -> None:
-    raise SystemExit(0)
+    raise Leave("told to")
 
 
 def _write_record(record: model.Record) -> None:

@@ -1,8 +1,8 @@
 """The quiet second thread: it waits for everything that is not a ZeroMQ message, and tells the loop.
 
 It accepts descriptor channels and reads their messages, sees processes die by their pidfds, and runs work that would
-stall the loop (allocating large segments). It decides nothing: each thing it hears becomes an item in `inbox` and one
-empty inproc message, so that the loop has a single place to wait.
+stall the loop (allocating large segments); signals come by it as well. It decides nothing: each thing it hears becomes
+an item in `inbox` and one empty inproc message, so that the loop has a single place to wait.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 
 import zmq
 
+from luacell.broker.signals import SignalPipe
 from luacell.protocol.errors import ProtocolError
 from luacell.protocol.memory.channel import ChannelClosed, close_all, receive_message
 
@@ -61,7 +62,13 @@ class WorkDone(NamedTuple):
     tell: Callable[[], None]
 
 
-Item = Connected | Received | Disconnected | Ended | WorkDone
+class Signalled(NamedTuple):
+    """This process was sent a signal."""
+
+    number: int
+
+
+Item = Connected | Received | Disconnected | Ended | WorkDone | Signalled
 
 
 class Watcher:
@@ -87,6 +94,7 @@ class Watcher:
         self._ends: dict[int, tuple[str, object]] = {}
         self._orders: deque[Callable[[], WorkDone]] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._signals: SignalPipe | None = None
         self._stopping = False
         self._drained = threading.Event()
         self._thread = threading.Thread(target=self._run, name="luacell-watcher", daemon=True)
@@ -133,6 +141,11 @@ class Watcher:
             with contextlib.suppress(OSError):  # the other thread has forgotten, or closed it, in this very moment
                 self._epoll.unregister(descriptor)
 
+    def watch_signals(self, signals: SignalPipe) -> None:
+        """Report signals from now on. Called by the loop, once."""
+        self._signals = signals
+        self._epoll.register(signals.descriptor, select.EPOLLIN)
+
     def watch_end(self, descriptor: int, kind: str, key: object) -> None:
         """Report once when a pidfd or socketpair becomes readable. Called by the loop."""
         self._ends[descriptor] = (kind, key)
@@ -173,6 +186,8 @@ class Watcher:
                 self.inbox.append(self._orders.popleft()())
         elif descriptor == self._listener.fileno():
             self._accept()
+        elif self._signals is not None and descriptor == self._signals.descriptor:
+            self.inbox.extend(Signalled(number) for number in self._signals.take())
         elif descriptor in self._ends:
             self._end(descriptor)
         elif (channel := self._channels.get(descriptor)) is not None:

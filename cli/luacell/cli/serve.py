@@ -1,7 +1,7 @@
 """`serve`, the parent process: starts a broker and a worker host, and ends what belongs together.
 
-It has no ZeroMQ, no Lua and one thread, and imports the standard library alone, so that it is up in milliseconds and
-hard to kill by accident. When one of the two ends, so does the other, and serve reports it with its exit code.
+It has no ZeroMQ, no Lua and one thread, and imports little but the standard library, so that it is up in milliseconds
+and hard to kill by accident. When one of the two ends, so does the other, and serve reports it with its exit code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import time
 from pathlib import Path
 from typing import Final
 
-STOP_LIMIT_S: Final = 2.0
+from luacell.broker.rundir import remove_run_directory
+from luacell.broker.signals import SignalPipe
+
+STOP_LIMIT_S: Final = 1.5  # below the two seconds in which everything must be gone
 READY_LIMIT_S: Final = 10.0
 
 
@@ -55,11 +58,8 @@ class Parent:
         self._options = options
         self._children: list[Child] = []
         self._poll = select.poll()
-        self._wakeup, speaker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(speaker, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda number, frame: None)
-        self._poll.register(self._wakeup, select.POLLIN)
+        self._signals = SignalPipe((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+        self._poll.register(self._signals.descriptor, select.POLLIN)
 
     def run(self) -> int:
         """Start, serve until something ends, stop; return the exit code."""
@@ -112,7 +112,7 @@ class Parent:
                     if os.read(ready, 1):
                         self._report_ready()
                     os.close(ready)
-                elif descriptor in (self._wakeup, host_pidfd):
+                elif descriptor in (self._signals.descriptor, host_pidfd):
                     return 0
                 else:
                     child = by_pidfd[descriptor]
@@ -137,6 +137,8 @@ class Parent:
             child.terminate()
         for child in self._children:
             child.wait_or_kill(until_s)
+        if self._options.ephemeral:  # the broker has done it, unless it was killed
+            remove_run_directory(self._options.run_dir)
 
 
 def run(run_dir: Path, spares: int, log_level: str) -> int:

@@ -13,7 +13,7 @@ from typing import Final
 from luacell.protocol.limits import ANSWER_GRACE_NS, MIB, NS_PER_S, US_PER_S
 from luacell.protocol.memory.segments import Mapping
 from luacell.protocol.messages import Segment
-from luacell.protocol.slots import GENERATION_MAX, PAYLOAD_OFFSET, SLOT_SHIFT, WORD, SlotShape
+from luacell.protocol.slots import GENERATION_MASK, PAYLOAD_OFFSET, SLOT_SHIFT, WORD, SlotShape
 
 GRACE_S: Final = ANSWER_GRACE_NS / NS_PER_S
 SLOTS_FIRST: Final = 16
@@ -54,6 +54,10 @@ class Arena:
                     pair.used_s = time.monotonic()
                 return pair.free.pop()
         return None
+
+    def has_room(self, args_size: int, out_size: int) -> bool:
+        """Whether a slot is free that is large enough."""
+        return any(p.free and args_size <= p.args_capacity and out_size <= p.out_capacity for p in self.pairs)
 
     def add(self, pair: HostPair, deadline_us: int) -> None:
         """Add a pair; small ones are tried first."""
@@ -131,6 +135,7 @@ class HostPair:
         except OSError:
             self.args.close()
             raise
+        self.is_closed = False
         self.free = [Slot(self, position) for position in reversed(range(shape.count))]
         self.used_s = 0.0  # monotonic, of the last use; kept for large pairs only
 
@@ -141,12 +146,16 @@ class HostPair:
 
     def close(self) -> None:
         """Unmap; nobody holds a slot."""
+        self.is_closed = True
+        self.free.clear()
         self.args.close()
         self.out.close()
 
 
 class Slot:
     """One slot, leased to at most one call at a time.
+
+    Where an interrupt makes its call forget it, it comes back by itself.
 
     Attributes:
         home: the arena it belongs to.
@@ -161,6 +170,7 @@ class Slot:
         "_out_start",
         "_out_view",
         "_pair",
+        "_position",
         "generation",
         "home",
         "name",
@@ -171,11 +181,19 @@ class Slot:
         self.name = pair.number, pair.index << SLOT_SHIFT | position
         self.generation = 1
         self._pair = pair
+        self._position = position
         self._args_view = pair.args.view
         self._out_view = pair.out.view
         self._args_stamp = position * pair.shape.args_stride
         self._args_start = self._args_stamp + PAYLOAD_OFFSET
         self._out_start = position * pair.shape.out_stride + PAYLOAD_OFFSET
+
+    def __del__(self) -> None:
+        pair = self._pair
+        if not pair.is_closed:  # else its end is this slot's; and a call in flight would hold the slot
+            successor = Slot(pair, self._position)
+            successor.generation = self.generation
+            successor.give_back()
 
     def put_args(self, args: bytes | memoryview | None, size: int) -> None:
         """Copy the arguments in, which have `size` bytes and fit, and stamp the slot."""
@@ -202,10 +220,9 @@ class Slot:
         else:
             target[:] = self._out_view[self._out_start : self._out_start + size]
 
-    def give_back(self, *, used: bool) -> None:
-        """Let another call have the slot; its generation moves on if a call was accepted with it."""
-        if used:
-            self.generation = self.generation % GENERATION_MAX + 1
+    def give_back(self) -> None:
+        """Let another call have the slot."""
+        self.generation = self.generation + 1 & GENERATION_MASK
         pair, home = self._pair, self.home
         pair.free.append(self)
         if home.is_closed and pair.is_idle:

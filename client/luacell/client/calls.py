@@ -11,10 +11,11 @@ from itertools import count
 from struct import Struct
 from typing import Final
 
-from luacell.client.arena import GRACE_S, Slot
+from luacell.client.arena import GRACE_S, Arena, Slot
 from luacell.client.memory import HostMemory
+from luacell.client.pending import Answer, Pending, keeps_slot
 from luacell.client.replies import raise_for, raise_from_slot
-from luacell.client.session import Answer, Pending, Session
+from luacell.client.session import Session
 from luacell.protocol import headers, messages
 from luacell.protocol.errors import Unavailable
 from luacell.protocol.headers import HAS_ARGS, HAS_OUT, SLOT_FREE, Op
@@ -22,7 +23,6 @@ from luacell.protocol.limits import US_PER_S
 
 _pack: Final = Struct(f"<{headers.PREAMBLE_SIZE}s" + headers.CALL.format.removeprefix("<")).pack
 _HEAD: Final = headers.head(Op.CALL)
-_FLAGS: Final = headers.Result._fields.index("flags")
 
 
 class Calls:
@@ -32,9 +32,9 @@ class Calls:
         self.memory = HostMemory(session)
         self._arenas = self.memory.arenas
         self._session = session
-        self._resting: dict[int, Slot] = {}  # by call id: slots of calls that were answered or given up too early
-        self._released: set[int] = set()  # calls whose slot was free again before their thread had seen the answer
+        self._resting: dict[int, Pending] = {}  # calls that were answered or given up before their slot is free
         self._ids = count(1)
+        session.on_kept = self._on_kept
         session.on_stray = self._on_stray
 
     def call(
@@ -72,6 +72,7 @@ class Calls:
         if 0 < timeout_us < budget_us:
             budget_us, limit_s = timeout_us, timeout_us / US_PER_S + GRACE_S
         pending = Pending()
+        pending.slot = slot
         call_id = pending.call_id = next(self._ids)
         try:
             slot.put_args(args, args_size)
@@ -81,81 +82,91 @@ class Calls:
             )
             session.call(pending, message, limit_s)
         except BaseException:
-            self._give_up(pending, slot)
+            self._give_up(pending)
             raise
         answer = pending.answer
         if type(answer) is tuple and out is None:
             _, code, size, _, free = answer
             if code == 0 and free == SLOT_FREE:
                 result = slot.read(size)
-                slot.give_back(used=True)
+                slot.give_back()
                 if home.is_retired:
-                    self._drain(slot)
+                    self._drain(home)
                 return result
-        return self._conclude(slot, call_id, contract_id, fn_id, answer, out)
-
-    def _conclude(
-        self, slot: Slot, call_id: int, contract_id: int, fn_id: int, answer: object, out: memoryview | None
-    ) -> bytes:
-        """Turn an answer into a value or an exception, and give the slot back where it is free."""
         try:
-            if isinstance(answer, messages.Failure):
-                raise_for(answer, contract_id, fn_id)
-            assert isinstance(answer, tuple)
-            _, code, out_size, error_size, _ = answer
-            if code != 0:
-                raise_from_slot(code, slot.read(error_size))
-            if out is None:
-                return slot.read(out_size)
-            slot.copy_out(out)
-            return b""
+            return _value(slot, contract_id, fn_id, answer, out)
         finally:
-            with self._session.lock:
-                self._settle(slot, call_id, answer)
+            with session.lock:
+                self._settle(pending)
 
-    def _settle(self, slot: Slot, call_id: int, answer: object) -> None:
-        """Give the slot back, or keep it until RELEASED. Under the lock."""
-        if isinstance(answer, messages.Failure):
-            kept, used = answer.slot == "kept", answer.slot != "unused"
-        else:
-            kept, used = isinstance(answer, tuple) and not answer[_FLAGS] & SLOT_FREE, True
-        if kept and self._session.is_open and call_id not in self._released:
-            self._resting[call_id] = slot
-        else:
-            self._released.discard(call_id)
-            slot.give_back(used=used)
-            if slot.home.drained:
-                self.memory.give_back_drained(slot.home)
+    def _settle(self, pending: Pending) -> None:
+        """Let go of the slot of an answered call; where it is kept, RELEASED gives it back. Under the lock."""
+        pending.is_left = True
+        if pending.is_released or not keeps_slot(pending.answer) or not self._session.is_open:
+            self._free(pending)
 
-    def _drain(self, slot: Slot) -> None:
+    def _free(self, pending: Pending) -> None:
+        """Give back the slot of a call, once. Under the lock."""
+        slot, pending.slot = pending.slot, None
+        if slot is not None:
+            slot.give_back()
+            if slot.home.is_retired:
+                self._drain(slot.home)
+
+    def _drain(self, home: Arena) -> None:
         """The contract is gone: give back the memory of its last calls."""
         with self._session.lock, suppress(Unavailable):
-            self.memory.give_back_drained(slot.home)
+            self.memory.give_back_drained(home)
 
-    def _give_up(self, pending: Pending, slot: Slot) -> None:
+    def _give_up(self, pending: Pending) -> None:
         """Nobody waits any more: cancel the call; its slot rests until nobody can touch it."""
         with self._session.lock:
-            if not pending.is_sent:
-                slot.give_back(used=False)
-                return
+            pending.is_left = True
             self._session.leave(pending)
-            if pending.answer is not None or not self._session.is_open:
-                self._settle(slot, pending.call_id, pending.answer)
+            if not pending.is_sent:
+                self._free(pending)
+            elif pending.answer is not None or not self._session.is_open:
+                self._settle(pending)
             else:
-                self._resting[pending.call_id] = slot
+                self._resting[pending.call_id] = pending
                 self._session.abandon_call(pending.call_id)
 
+    def _on_kept(self, pending: Pending) -> None:
+        """The answer of a call does not free its slot. Under the lock."""
+        self._resting[pending.call_id] = pending
+
     def _on_stray(self, call_id: int, answer: Answer | None) -> None:
-        """An answer that nobody waits for, or RELEASED. Under the lock."""
-        slot = self._resting.pop(call_id, None)
-        if slot is not None:
-            self._settle(slot, call_id, answer)
-        elif answer is None:
-            self._released.add(call_id)
+        """An answer that nobody waits for, or RELEASED. Under the lock; twice is no harm."""
+        pending = self._resting.get(call_id)
+        if pending is None or (answer is not None and keeps_slot(answer)):
+            return
+        pending.is_released = True
+        if pending.is_left:
+            self._free(pending)
+        self._resting.pop(call_id, None)
 
     def close(self) -> None:
         """Give all memory back; slots of calls that are just ending follow. Under the lock."""
-        for slot in self._resting.values():
-            slot.give_back(used=True)
+        for pending in self._resting.values():
+            if pending.is_left:
+                self._free(pending)
         self._resting.clear()
         self.memory.close()
+
+
+def _value(slot: Slot, contract_id: int, fn_id: int, answer: object, out: memoryview | None) -> bytes:
+    """Turn an answer into a value.
+
+    Raises:
+        CallError: it is none.
+    """
+    if isinstance(answer, messages.Failure):
+        raise_for(answer, contract_id, fn_id)
+    assert isinstance(answer, tuple)
+    _, code, out_size, error_size, _ = answer
+    if code != 0:
+        raise_from_slot(code, slot.read(error_size))
+    if out is None:
+        return slot.read(out_size)
+    slot.copy_out(out)
+    return b""

@@ -10,11 +10,14 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from threading import get_ident
 from typing import Final
 
 from luacell.client.arena import IDLE_PAIR_BYTES_MIN, IDLE_PAIR_S, Arena, HostPair, Slot
+from luacell.client.interrupts import uninterrupted
+from luacell.client.pending import Pending
 from luacell.client.replies import raise_not_found
-from luacell.client.session import Pending, Session
+from luacell.client.session import Session
 from luacell.protocol import messages
 from luacell.protocol.errors import AbiErrorCode, Busy, call_error_class
 from luacell.protocol.messages import id_bytes
@@ -43,28 +46,34 @@ class HostMemory:
             Busy: a bound on memory was hit.
             Unavailable: the broker is gone.
         """
+        thread = get_ident()
         for _ in range(LEASES_MAX):
-            with self._growing:
-                with self._session.lock:
-                    arena = self.arenas.setdefault(contract_id, Arena(contract_id))
-                    slot = arena.take(args_size, out_size)
-                if slot is None:
-                    self._grow(arena, args_size, out_size)
-                    with self._session.lock:
-                        slot = arena.take(args_size, out_size)
+            arena = uninterrupted(lambda: self._make_room(contract_id, args_size, out_size, thread))
+            with self._session.lock:
+                slot = arena.take(args_size, out_size)
             if slot is not None:
                 return slot
         raise Busy("every slot is taken by other threads; retry later", began="no", limit="slots")
 
-    def _grow(self, arena: Arena, args_size: int, out_size: int) -> None:
+    def _make_room(self, contract_id: int, args_size: int, out_size: int, thread: int) -> Arena:
+        """Return the arena of a contract, in which there was a slot for a moment."""
+        with self._growing:
+            with self._session.lock:
+                arena = self.arenas.setdefault(contract_id, Arena(contract_id))
+                has_room = arena.has_room(args_size, out_size)
+            if not has_room:
+                self._grow(arena, args_size, out_size, thread)
+        return arena
+
+    def _grow(self, arena: Arena, args_size: int, out_size: int, thread: int) -> None:
         """Get another pair of segments; idle ones go back first, all of them when the budget is used up."""
         now_s = time.monotonic()
         self._give_back_idle(before_s=now_s - IDLE_PAIR_S, size_min=IDLE_PAIR_BYTES_MIN)
-        pending = self._ask(arena, args_size, out_size)
+        pending = self._ask(arena, args_size, out_size, thread)
         answer = pending.answer
         if isinstance(answer, messages.Reply) and answer.code == AbiErrorCode.BUSY:
             self._give_back_idle(before_s=now_s, size_min=0)
-            pending = self._ask(arena, args_size, out_size)
+            pending = self._ask(arena, args_size, out_size, thread)
             answer = pending.answer
         if isinstance(answer, messages.Segment):
             self._add(arena, answer, pending.descriptors)
@@ -78,7 +87,7 @@ class HostMemory:
         code = AbiErrorCode(answer.code)
         raise call_error_class(code)(answer.reason, code=code, began="no", limit=answer.reason)
 
-    def _ask(self, arena: Arena, args_size: int, out_size: int) -> Pending:
+    def _ask(self, arena: Arena, args_size: int, out_size: int, thread: int) -> Pending:
         count = arena.slots_wanted(args_size, out_size)
         return self._session.request(
             lambda number: messages.Lease(
@@ -87,7 +96,8 @@ class HostMemory:
                 args_size=args_size,
                 out_size=out_size,
                 count=count,
-            )
+            ),
+            thread,
         )
 
     def _add(self, arena: Arena, segment: messages.Segment, descriptors: Sequence[int]) -> None:
@@ -106,6 +116,9 @@ class HostMemory:
 
     def forget(self, contract_id: int) -> None:
         """Give back what a contract that is gone has left; what comes in its place may have another deadline."""
+        uninterrupted(lambda: self._retire(contract_id))
+
+    def _retire(self, contract_id: int) -> None:
         with self._session.lock:
             arena = self.arenas.pop(contract_id, None)
             if arena is not None:

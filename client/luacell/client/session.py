@@ -10,12 +10,12 @@ It moves messages and wakes their owners; slots, contracts and exceptions are th
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import select
-import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from struct import Struct
@@ -24,26 +24,18 @@ from typing import Final
 
 import zmq
 
+from luacell.client.connection import CONNECT_LIMIT_S, Connection, connect
+from luacell.client.interrupts import uninterrupted
+from luacell.client.pending import Answer, Bell, Pending, keeps_slot
 from luacell.protocol import headers, messages
 from luacell.protocol.errors import ProtocolError, Unavailable
-from luacell.protocol.headers import Op
+from luacell.protocol.headers import SLOT_FREE, Op
 from luacell.protocol.limits import MESSAGE_MAX, NS_PER_S, REQUEST_LIMIT_NS
-from luacell.protocol.memory.channel import (
-    ChannelClosed,
-    close_all,
-    connect_channel,
-    receive_message,
-    send_message,
-)
-from luacell.protocol.messages import Message, decode, encode
-from luacell.protocol.paths import BROKER_SOCKET, DESCRIPTOR_SOCKET
+from luacell.protocol.memory.channel import ChannelClosed, close_all, receive_message
+from luacell.protocol.messages import Message, decode, encode, size_of
 
-CONNECT_LIMIT_S: Final = 5.0
 REQUEST_LIMIT_S: Final = REQUEST_LIMIT_NS / NS_PER_S
-HIGH_WATER_MARK: Final = 4096
-ALONE_MS: Final = 20  # how long the only thread waits inside libzmq before it waits for everything
 _MS: Final = 1000
-_LINGER_MS: Final = 100  # for the farewell
 
 _NOBLOCK: Final = int(zmq.NOBLOCK)  # plain integers: pyzmq's enums cost microseconds
 _EVENTS: Final = int(zmq.EVENTS)
@@ -54,57 +46,26 @@ _RESULT_HEAD: Final = headers.head(Op.RESULT)
 _RESULT: Final = Struct(f"<{headers.PREAMBLE_SIZE}s" + headers.RESULT.format.removeprefix("<"))
 _RESULT_SIZE: Final = _RESULT.size
 
-Answer = tuple[int, ...] | messages.Failure  # the fields of headers.Result, or why there is none
-
-
-class _Bell:
-    """Wakes one thread. Unlike threading.Event it bears a signal handler that raises: that one's locks may break."""
-
-    __slots__ = ("_silence",)
-
-    def __init__(self) -> None:
-        self._silence = threading.Lock()
-        self._silence.acquire()
-
-    def wait(self, limit_s: float) -> None:
-        """Wait until it rings, or has rung since the last time."""
-        self._silence.acquire(timeout=limit_s)
-
-    def set(self) -> None:
-        """Ring. Under the session's lock."""
-        if self._silence.locked():
-            self._silence.release()
-
-
-class Pending:
-    """Something that waits for its answer: a call or a request."""
-
-    call_id = 0
-    is_sent = False
-    is_done = False
-    answer: Answer | messages.Reply | messages.Segment | messages.Welcome | None = None
-    descriptors: Sequence[int] = ()
-    failure: Unavailable | None = None
-    event: _Bell | None = None  # made when its owner waits for another to read
-
 
 class Session:
     """One connection; made by `Session.connect`.
 
     Attributes:
-        on_stray: called under the lock with answers to calls nobody waits for any more, and with RELEASED.
+        on_kept: called under the lock with a call whose answer does not free its slot, before its owner has it.
+        on_stray: called under the lock with answers to calls nobody waits for any more, and with RELEASED (None).
     """
 
-    def __init__(
-        self, channel: socket.socket, context: zmq.Context[zmq.Socket[bytes]], dealer: zmq.Socket[bytes]
-    ) -> None:
+    def __init__(self, connection: Connection) -> None:
         self.lock = threading.RLock()  # a signal handler may make a call in the middle of one
+        self.on_kept: Callable[[Pending], None] = lambda pending: None
         self.on_stray: Callable[[int, Answer | None], None] = lambda call_id, answer: None
         self.epoch = b""
         self.broker_pid = 0
-        self._channel = channel
-        self._context = context
-        self._dealer = dealer
+        self._connection = connection
+        self._channel = connection.channel
+        self._dealer = connection.dealer
+        self._receive = connection.dealer.recv_into
+        self._inbox = mmap.mmap(-1, MESSAGE_MAX)  # the message at hand; its first byte is 0 when it was acted upon
         self._calls: dict[int, Pending] = {}
         self._requests: dict[int, Pending] = {}
         self._welcome: Pending | None = None
@@ -116,8 +77,8 @@ class Session:
         self._is_closed = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
-        self._dealer_fd = int(dealer.getsockopt(zmq.FD))
-        self._channel_fd = channel.fileno()
+        self._dealer_fd = int(self._dealer.getsockopt(zmq.FD))
+        self._channel_fd = self._channel.fileno()
         for descriptor in (self._dealer_fd, self._channel_fd, self._wake):
             self._poll.register(descriptor, select.POLLIN)
 
@@ -128,36 +89,8 @@ class Session:
         Raises:
             Unavailable: nobody serves there, or it does not answer.
         """
-        path = run_directory / DESCRIPTOR_SOCKET
+        session = cls(connect(run_directory))
         try:
-            channel = connect_channel(path, CONNECT_LIMIT_S)
-        except OSError as error:
-            raise Unavailable(
-                f"no broker at {path}: {error.strerror or error}; start one with `luacell serve`", began="no"
-            ) from None
-        try:
-            routing_id = _introduce(channel)
-        except (OSError, ChannelClosed, ProtocolError) as error:
-            channel.close()
-            raise Unavailable(f"the broker at {path} does not answer: {error}", began="no") from None
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        dealer = context.socket(zmq.DEALER)
-        dealer.setsockopt(zmq.ROUTING_ID, routing_id)
-        dealer.setsockopt(zmq.LINGER, 0)
-        dealer.setsockopt(zmq.IMMEDIATE, 1)
-        dealer.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
-        dealer.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-        dealer.setsockopt(zmq.MAXMSGSIZE, MESSAGE_MAX)
-        dealer.setsockopt(zmq.RECONNECT_IVL, -1)
-        dealer.setsockopt(zmq.RCVTIMEO, ALONE_MS)
-        dealer.connect(f"ipc://{run_directory / BROKER_SOCKET}")
-        channel.setblocking(False)
-        session = cls(channel, context, dealer)
-        try:
-            if not dealer.poll(int(CONNECT_LIMIT_S * _MS), zmq.POLLOUT):
-                raise Unavailable(
-                    f"the broker at {run_directory} does not answer within {CONNECT_LIMIT_S} s", began="no"
-                )
             session._greet()
         except BaseException:
             session.close()
@@ -223,21 +156,31 @@ class Session:
         Returns:
             Whether our answer came; else nothing is lost, and the usual way goes on from here.
         """
+        inbox = self._inbox
+        if inbox[0]:
+            self._resume()
         try:
-            message = self._dealer.recv()
+            size = self._receive(inbox)
         except zmq.Again:
             return False
-        if len(message) != _RESULT_SIZE or (head := _RESULT.unpack(message))[:2] != (_RESULT_HEAD, call_id):
-            self._take(message)
+        if size != _RESULT_SIZE:
+            self._take(size)
             return False
-        self._calls.pop(call_id, None)
+        head = _RESULT.unpack_from(inbox)
+        if head[:2] != (_RESULT_HEAD, call_id) or head[-1] != SLOT_FREE:
+            self._take(size)
+            return False
         pending.answer = head[1:]
         pending.is_done = True
+        del self._calls[call_id]
         self._reader = None
+        inbox[0] = 0
         return True
 
     def leave(self, pending: Pending) -> None:
-        """Stop being the reader, where `pending` is. Under the lock."""
+        """Stop being the reader, where `pending` is, with nothing left half read. Under the lock."""
+        if self._inbox[0] and not self._is_closed:
+            self._resume()
         if self._reader is pending:
             self._reader = None
             self._appoint_reader()
@@ -248,11 +191,12 @@ class Session:
             with contextlib.suppress(Unavailable):
                 self._send(headers.encode_records(Op.CANCEL, [(call_id,)]))
 
-    def request(self, make: Callable[[int], Message]) -> Pending:
+    def request(self, make: Callable[[int], Message], thread: int = 0) -> Pending:
         """Send a control request and wait for its Reply or Segment.
 
         Args:
             make: makes the message from its request id.
+            thread: that waits meanwhile for the one that asks; 0: none does.
 
         Returns:
             The answered request; descriptors in it are the caller's.
@@ -261,8 +205,9 @@ class Session:
             Unavailable: the broker is gone or silent.
         """
         request_id = next(self._request_ids)
-        if get_ident() != self._only_thread:
-            self._note_thread(get_ident())
+        thread = thread or get_ident()
+        if thread != self._only_thread:
+            self._note_thread(thread)
         message = encode(make(request_id))
         pending = Pending()
         try:
@@ -323,7 +268,7 @@ class Session:
                 else:
                     self._follow(pending, left_s)
         finally:
-            if self._reader is pending or pending.event is not None:
+            if self._reader is pending or pending.bell is not None:
                 with self.lock:  # we may have been appointed in the moment we left
                     self.leave(pending)
                     self._appoint_reader()
@@ -346,18 +291,23 @@ class Session:
         with self.lock:
             if self._is_closed:
                 return False
+            inbox = self._inbox
+            if inbox[0]:
+                self._resume()
             try:
-                message = self._dealer.recv(_NOBLOCK)
+                size = self._receive(inbox, flags=_NOBLOCK)
             except zmq.Again:
                 return False
-            if len(message) != _RESULT_SIZE or (head := _RESULT.unpack(message))[:2] != (_RESULT_HEAD, call_id):
-                self._take(message)
+            head = _RESULT.unpack_from(inbox)
+            if size != _RESULT_SIZE or head[:2] != (_RESULT_HEAD, call_id) or head[-1] != SLOT_FREE:
+                self._take(size)
                 self._read_all()  # libzmq's descriptor does not report what came before this look
                 return False
-            del self._calls[call_id]
             pending.answer = head[1:]
             pending.is_done = True
+            del self._calls[call_id]
             self._reader = None
+            inbox[0] = 0
             if self._calls or self._requests:
                 self._appoint_reader()
             return True
@@ -376,15 +326,17 @@ class Session:
         with self.lock:
             if pending.is_done or self._reader is None:
                 return
-            event = pending.event
-            if event is None:
-                event = pending.event = _Bell()
-        event.wait(left_s)
+            bell = pending.bell
+            if bell is None:
+                bell = pending.bell = Bell()
+        bell.wait(left_s)
 
     def _read_until(self, pending: Pending, until_s: float) -> None:
         """Read for all until `pending` is answered or time is up, then leave the reading to another."""
         while not pending.is_done and (left_s := until_s - time.monotonic()) > 0:
             ready = self._poll.poll(left_s * _MS + 1)
+            if any(descriptor == self._channel_fd for descriptor, _ in ready):
+                uninterrupted(self._read_channel)
             with self.lock:
                 self._read_ready(ready)
         with self.lock:
@@ -396,8 +348,8 @@ class Session:
             return
         for table in (self._calls, self._requests):
             for waiting in table.values():
-                if waiting.event is not None and not waiting.is_done:
-                    waiting.event.set()
+                if waiting.bell is not None and not waiting.is_done:
+                    waiting.bell.set()
                     return
 
     def _read_ready(self, ready: list[tuple[int, int]]) -> None:
@@ -406,25 +358,43 @@ class Session:
             if descriptor == self._wake:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)
-            elif descriptor == self._channel_fd:
-                self._read_channel()
         self._read_all()
 
     def _read_all(self) -> None:
         """Read every message there is; libzmq's descriptor then reports the next one."""
-        dealer = self._dealer
-        while not self._is_closed and int(dealer.getsockopt(_EVENTS)) & _POLLIN:
-            self._take(dealer.recv(_NOBLOCK))
+        if self._is_closed:
+            return
+        dealer, inbox = self._dealer, self._inbox
+        if inbox[0]:
+            self._resume()
+        while int(dealer.getsockopt(_EVENTS)) & _POLLIN:
+            self._take(self._receive(inbox, flags=_NOBLOCK))
 
-    def _take(self, message: bytes) -> None:
+    def _resume(self) -> None:
+        """Act on a message whose reader was interrupted: pyzmq may raise when it has received it already."""
         try:
-            if message[: headers.PREAMBLE_SIZE] == _RESULT_HEAD and len(message) == _RESULT_SIZE:
+            size = size_of(memoryview(self._inbox))
+        except ProtocolError as error:
+            self._lose(f"the broker sent something that is not of this protocol: {error}")
+            self._inbox[0] = 0
+        else:
+            self._take(size)
+
+    def _take(self, size: int) -> None:
+        """Act on the message in the inbox; where an interrupt breaks that off, doing it again is no harm."""
+        inbox = self._inbox
+        if not inbox[0]:  # a call of a signal handler has done it
+            return
+        message = inbox[:size]
+        try:
+            if size == _RESULT_SIZE and message[: headers.PREAMBLE_SIZE] == _RESULT_HEAD:
                 record = headers.RESULT.unpack_from(message, headers.PREAMBLE_SIZE)
                 self._on_answer(record[0], record)
             else:
                 self._on_message(message)
         except ProtocolError as error:
             self._lose(f"the broker sent something that is not of this protocol: {error}")
+        inbox[0] = 0
 
     def _on_message(self, message: bytes) -> None:
         op, count = headers.parse_preamble(message)
@@ -448,27 +418,36 @@ class Session:
             raise ProtocolError(f"operation {op.name} is not for hosts")
 
     def _on_answer(self, call_id: int, answer: Answer) -> None:
-        pending = self._calls.pop(call_id, None)
+        pending = self._calls.get(call_id)
         if pending is None:
             self.on_stray(call_id, answer)
-        else:
-            self._complete(pending, answer)
+            return
+        if keeps_slot(answer):
+            self.on_kept(pending)
+        self._complete(pending, answer)
+        self._calls.pop(call_id, None)
 
     def _complete(
         self, pending: Pending | None, answer: Answer | messages.Reply | messages.Segment | messages.Welcome
     ) -> None:
-        if pending is not None and not pending.is_done:
-            pending.answer = answer
+        if pending is not None:
+            if not pending.is_done:
+                pending.answer = answer
             self._wake_up(pending)
 
     def _wake_up(self, pending: Pending) -> None:
         pending.is_done = True
-        if pending.event is not None:
-            pending.event.set()
+        if pending.bell is not None:
+            pending.bell.set()
         if pending is self._reader and get_ident() != self._reader_thread:
             os.eventfd_write(self._wake, 1)
 
     def _read_channel(self) -> None:
+        with self.lock:
+            if not self._is_closed:
+                self._read_grants()
+
+    def _read_grants(self) -> None:
         while True:
             try:
                 message, descriptors = receive_message(self._channel)
@@ -523,12 +502,11 @@ class Session:
                 return
             if not self._lost:
                 with contextlib.suppress(Unavailable, zmq.ZMQError):
-                    self._dealer.send(encode(messages.Bye()), zmq.NOBLOCK)
+                    _send(self._dealer, encode(messages.Bye()), _NOBLOCK)
             self._lose("the bridge was closed")
             self._is_closed = True
-            self._dealer.close(linger=_LINGER_MS)
-            self._channel.close()
-        self._context.term()
+            self._connection.close()
+        self._connection.end()
         self._close_wake()
 
     def _close_wake(self) -> None:
@@ -545,14 +523,3 @@ class Session:
         """Close, in a forked child, what would hide the parent's death from the broker."""
         with contextlib.suppress(OSError):
             os.close(self._channel.detach())
-
-
-def _introduce(channel: socket.socket) -> bytes:
-    """Say hello on the descriptor channel and return the routing id that the broker gave us."""
-    send_message(channel, encode(messages.Hello(role="host")))
-    message, descriptors = receive_message(channel)
-    close_all(descriptors)
-    op, _ = headers.parse_preamble(message)
-    if op is not Op.WELCOME:
-        raise ProtocolError(f"operation {op.name} in place of WELCOME")
-    return decode(messages.Welcome, message).routing_id

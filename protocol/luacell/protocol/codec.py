@@ -44,6 +44,22 @@ def _refuse_extension(code: int, data: bytes) -> NoReturn:
     raise ValueError(f"extension type {code}; this protocol has none")
 
 
+def size_of(data: bytes | memoryview) -> int:
+    """Return how many bytes the value at the start of `data` takes, which need not end there.
+
+    Raises:
+        ProtocolError: malformed or cut off.
+    """
+    unpacker = msgpack.Unpacker(max_buffer_size=len(data))
+    unpacker.feed(data)
+    try:
+        unpacker.skip()
+    except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
+        raise ProtocolError(f"malformed msgpack ({type(error).__name__}: {str(error)[:200]})") from None
+    size: int = unpacker.tell()
+    return size
+
+
 def unpack(data: bytes | memoryview) -> Any:
     """Decode one value.
 

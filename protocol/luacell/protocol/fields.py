@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Final, Protocol, TypeVar
 
 from luacell.protocol import codec
 from luacell.protocol.errors import ProtocolError, TooLarge
-from luacell.protocol.headers import PREAMBLE_SIZE, Op, head, parse_preamble
+from luacell.protocol.headers import PREAMBLE_SIZE, Op, head, parse_preamble, records_size
 from luacell.protocol.limits import MESSAGE_MAX
 
 U32_MAX: Final = (1 << 32) - 1
@@ -165,6 +165,20 @@ def decode(message_class: type[M], data: bytes) -> M:
         if not check(values[key]):
             raise ProtocolError(f"{name}.{key} is {_shown(values[key])}, not {wanted}")
     return message_class(**values)
+
+
+def size_of(view: memoryview) -> int:
+    """Return the bytes of the message at the start of a buffer that may hold more.
+
+    Args:
+        view: at most MESSAGE_MAX bytes.
+
+    Raises:
+        ProtocolError: there is no whole message of this protocol.
+    """
+    op, count = parse_preamble(view)
+    size = records_size(op, count)
+    return PREAMBLE_SIZE + codec.size_of(view[PREAMBLE_SIZE:]) if size is None else size
 
 
 def _shown(value: Any) -> str:

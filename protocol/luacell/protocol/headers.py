@@ -179,7 +179,7 @@ def encode_records(op: Op, records: list[tuple[int, ...]]) -> bytes:
     return head(op, len(records)) + b"".join([pack(*record) for record in records])
 
 
-def parse_preamble(message: bytes) -> tuple[Op, int]:
+def parse_preamble(message: bytes | memoryview) -> tuple[Op, int]:
     """Read operation and record count.
 
     Raises:
@@ -201,6 +201,12 @@ def parse_preamble(message: bytes) -> tuple[Op, int]:
     return Op(op), count
 
 
+def records_size(op: Op, count: int) -> int | None:
+    """Return the bytes of a hot message, or None for an operation without records."""
+    record = _RECORDS.get(op)
+    return None if record is None else PREAMBLE_SIZE + count * record.size
+
+
 def parse_records(op: Op, count: int, message: bytes) -> Iterator[tuple[int, ...]]:
     """Read the records of a hot message.
 
@@ -215,10 +221,9 @@ def parse_records(op: Op, count: int, message: bytes) -> Iterator[tuple[int, ...
     Raises:
         ProtocolError: the operation has no records, or the length does not fit the count.
     """
-    record = _RECORDS.get(op)
-    if record is None:
+    expected = records_size(op, count)
+    if expected is None:
         raise ProtocolError(f"operation {op.name} carries no records")
-    expected = PREAMBLE_SIZE + count * record.size
     if len(message) != expected:
         raise ProtocolError(f"{op.name} of {count} records has {len(message)} bytes, not {expected}")
-    return record.iter_unpack(memoryview(message)[PREAMBLE_SIZE:])
+    return _RECORDS[op].iter_unpack(memoryview(message)[PREAMBLE_SIZE:])

@@ -26,6 +26,7 @@ from luacell.protocol.fields import (
     optional_integer,
     optional_number,
     plain_map,
+    size_of,
     text,
     text_map,
 )
@@ -50,7 +51,7 @@ SANDBOX_LEVELS: Final = ("default", "hardened", "untrusted")
 REASON_MAX: Final = 2 * ERROR_TEXT_MAX  # characters: an error text within a sentence of our own
 ID_MAX: Final = U64_MAX
 
-__all__ = ["Message", "decode", "encode"]
+__all__ = ["Message", "decode", "encode", "size_of"]
 
 
 def id_bytes(value: int) -> bytes:

@@ -26,7 +26,7 @@ WITHDRAWN_OFFSET: Final = 64
 PAGE: Final = 4096
 ARGS_STRIDE_MIN: Final = PAGE
 OUT_STRIDE_MIN: Final = 2 * PAGE  # holds an error text of ERROR_TEXT_MAX besides the words
-GENERATION_MAX: Final = (1 << 31) - 1  # generations go 1, 2, … GENERATION_MAX, 1, …
+GENERATION_MASK: Final = (1 << 32) - 1  # after it comes 0
 SLOT_SHIFT: Final = 16  # a slot's number is pair index << SLOT_SHIFT | position
 
 assert OUT_STRIDE_MIN - PAYLOAD_OFFSET >= ERROR_TEXT_MAX

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -258,9 +260,24 @@ def test_connecting_to_a_socket_that_nobody_serves_is_refused(directory: Path) -
         connect_channel(path, TIME_LIMIT_S)
 
 
-def test_malformed_path_leaves_no_descriptor() -> None:
-    with no_descriptor_left(), pytest.raises(ValueError):
-        connect_channel(Path("/tmp/\0"), -1.0)
+def test_malformed_timeout_leaves_no_descriptor(directory: Path) -> None:
+    path = directory / "fd.sock"
+    with listening(path), no_descriptor_left(), pytest.raises(ValueError):
+        connect_channel(path, -1.0)
+
+
+def test_full_queue_is_waited_for_and_then_a_timeout(directory: Path) -> None:
+    path = directory / "fd.sock"
+    with listening(path) as listener, ExitStack() as stack:
+        listener.listen(0)
+        stack.enter_context(connect_channel(path, TIME_LIMIT_S))
+        with no_descriptor_left(), pytest.raises(TimeoutError, match=r"fd\.sock"):
+            connect_channel(path, 0.01)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(connect_channel, path, TIME_LIMIT_S)
+            for _ in range(2):
+                stack.enter_context(listener.accept()[0])
+            stack.enter_context(waiting.result())
 
 
 def test_longest_path_can_be_listened_on(directory: Path) -> None:

@@ -31,24 +31,22 @@ def main(arguments: list[str] | None = None) -> int:
     configure_logging(options.log_level)
     if options.parent:
         sandbox.die_with_parent(options.parent)
+    signals, speaker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(speaker, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave)
+        signal.signal(number, _note)
     _separate_from_terminal()
     try:
-        host = WorkerHost(options.run_dir, CONNECT_LIMIT_S)
+        host = WorkerHost(options.run_dir, CONNECT_LIMIT_S, signals)
     except OSError as error:
         print(f"luacell worker-host: no broker serves {options.run_dir}: {error.strerror or error}", file=sys.stderr)
         return 1
     try:
         host.run()
-    except SystemExit:
-        return 0
     except (ChannelClosed, TimeoutError, ProtocolError) as error:
         log.error("broker is gone", extra={"fields": {"reason": str(error)}})
         return 1
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
         host.close()
     return 0
 
@@ -61,8 +59,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(0)
+def _note(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the loop hears of it by the wake-up descriptor, between two orders."""
 
 
 def _separate_from_terminal() -> None:

@@ -52,32 +52,37 @@ class WorkerHost:
     Args:
         run_dir: of the broker.
         connect_limit_s: seconds to wait for the broker to listen.
+        end: a descriptor that is readable when this host is to end; stays the caller's.
     """
 
-    def __init__(self, run_dir: Path, connect_limit_s: float) -> None:
+    def __init__(self, run_dir: Path, connect_limit_s: float, end: int) -> None:
         self._broker_socket = run_dir / BROKER_SOCKET
         self._channel = _connect(run_dir / DESCRIPTOR_SOCKET, connect_limit_s)
         self._children: dict[int, Child] = {}
         self._by_worker: dict[int, Child] = {}
+        self._end = end
         self._epoll = select.epoll()
 
     def run(self) -> None:
-        """Serve until the broker is gone.
+        """Serve until told to end.
 
         Raises:
-            ChannelClosed: it is.
+            ChannelClosed: the broker is gone.
         """
         send_message(self._channel, encode(messages.Hello(role="worker-host")))
         message, _ = receive_message(self._channel)
         headers.parse_preamble(message)
         decode(messages.Welcome, message)
         self._epoll.register(self._channel, select.EPOLLIN)
+        self._epoll.register(self._end, select.EPOLLIN)
         gc.collect()
         gc.freeze()  # the pages of what exists now stay shared with every worker
         while True:
             for descriptor, _ in self._epoll.poll():
                 if descriptor == self._channel.fileno():
                     self._on_order()
+                elif descriptor == self._end:
+                    return
                 elif descriptor in self._children:
                     self._on_end(self._children[descriptor])
 

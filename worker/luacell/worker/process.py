@@ -232,6 +232,7 @@ def run_worker(parent_pid: int, broker_socket: Path, routing_id: bytes, channel:
 
 def _become_quiet(channel_fd: int) -> None:
     """Drop what was inherited: signal handlers, descriptors, the working directory."""
+    signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])

@@ -10,6 +10,7 @@ import array
 import errno
 import os
 import socket
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -21,6 +22,7 @@ DESCRIPTORS_MAX: Final = 2  # in one message: args and out, or pidfd and socketp
 SOCKET_PATH_MAX: Final = 107  # bytes: sun_path less its NUL (unix(7))
 _SO_PEERPIDFD: Final = 77
 _CREDENTIALS_SIZE: Final = 12
+_TIMEVAL: Final = struct.Struct("@ll")
 
 Received = tuple[bytes, list[int]]
 
@@ -30,23 +32,33 @@ class ChannelClosed(Exception):
 
 
 def connect_channel(path: Path, timeout_s: float) -> socket.socket:
-    """Connect to a descriptor socket.
+    """Connect to a descriptor socket, waiting for a place in its queue where many connect at once.
 
     Args:
         path: of the socket.
         timeout_s: seconds; also the timeout of later blocking operations.
 
     Raises:
+        TimeoutError: whoever listens there does not accept.
         OSError: nobody listens there, it is not ours, or the path is too long.
     """
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
-        channel.settimeout(timeout_s)
+        # Blocking: Python's timeouts make the socket non-blocking, and then a full queue is an error at once.
+        channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(*_seconds_and_us(timeout_s)))
         channel.connect(os.fspath(path))
-    except BaseException:
+        channel.settimeout(timeout_s)
+    except BaseException as error:
         channel.close()
-        raise
+        if not isinstance(error, BlockingIOError):
+            raise
+        raise TimeoutError(errno.ETIMEDOUT, f"nobody accepted within {timeout_s:g} s", os.fspath(path)) from None
     return channel
+
+
+def _seconds_and_us(duration_s: float) -> tuple[int, int]:
+    seconds = int(duration_s)
+    return seconds, int((duration_s - seconds) * 1e6)
 
 
 def send_message(channel: socket.socket, message: bytes, descriptors: Sequence[int] = ()) -> None:
