@@ -32,6 +32,7 @@ OUT_SIZE = 8  # bytes that every call asks for
 
 # The bounds of simulated worlds: so small that a few hosts reach them, limits so short that they pass within a run.
 QUEUE_MAX = 6
+WINDOW_MAX = 4
 CALLS_IN_FLIGHT_MAX = 14
 WORKERS_MAX = 12
 STARTS_AT_ONCE_MAX = 3
@@ -95,7 +96,8 @@ class Auditor:
         self._open: dict[Truth, None] = {}  # those whose slot is not free
         self._unanswered: dict[Truth, None] = {}
         self._requests: dict[Request, int] = {}
-        self._killed: set[int] = set()
+        self._killed: set[int] = set()  # by an order, or with their worker host
+        self._ordered: set[int] = set()
         self._loaded: set[int] = set()
 
     # -- what happens -------------------------------------------------------------------------------------------
@@ -171,6 +173,7 @@ class Auditor:
         self.demand(not truth.is_begun, truth, "has begun twice")
         self.demand(not truth.is_denied, truth, "begins after its host was told that it did not")
         self.demand(deadline_ns == truth.deadline_ns, truth, "begins with another deadline")
+        self.demand(worker_id not in self._ordered, truth, "begins in worker", worker_id, "whose death was ordered")
         truth.is_begun = True
 
     def lied(self, number: int) -> None:
@@ -239,16 +242,13 @@ class Auditor:
         self.note("execute", truth.number, worker.id)
         self.demand(worker.id not in self._killed, truth, "goes to doomed worker", worker.id)
         self.demand(worker.id in self._loaded, truth, "goes to blank worker", worker.id)
-        self.demand(not process.held, truth, "goes to worker", worker.id, "which has one already")
-        self.demand(not process.is_spent, truth, "goes to worker", worker.id, "which must not be used again")
+        self.demand(len(process.held) <= WINDOW_MAX, truth, "goes to worker", worker.id, "whose window is full")
+        self.demand(not process.has_said_so, truth, "goes to worker", worker.id, "which must not be used again")
         self.demand(not truth.is_marked, truth, "had begun and is sent again")
         self.demand(not truth.answers, truth, "was answered and is sent")
-        self.demand(len(truth.workers) < ATTEMPTS_MAX, truth, "is sent too often")
-        self.demand(
-            not truth.workers or not self.world.workers[truth.workers[-1]].is_alive,
-            truth,
-            "is sent again while its worker lives",
-        )
+        for earlier in truth.workers:
+            held = self.world.workers[earlier].held
+            self.demand(truth.number not in held, truth, "is sent again while worker", earlier, "may touch its slot")
         truth.workers.append(worker.id)
         truth.run_out_ns = self.world.schedule.now_ns + call.contract.run_limit_ns
 
@@ -256,6 +256,7 @@ class Auditor:
         """Order a death once; one for a call only while that runs, or when it has had its time."""
         self.demand(worker.id not in self._killed, "worker", worker.id, "is killed twice")
         self._killed.add(worker.id)
+        self._ordered.add(worker.id)
         truth = self._by_call.get(worker.call) if worker.call is not None else None
         if truth is None or "ran" not in worker.verdict.split():
             return
@@ -393,10 +394,10 @@ class Auditor:
                 self.demand(_has_timer(dispatcher, call), truth, "waits without a timer")
             else:
                 worker = call.worker
-                self.demand(worker is not None and worker.call is call, truth, "is held by nobody")
+                self.demand(worker is not None and call in worker.held, truth, "is held by nobody")
                 assert worker is not None
                 is_over = truth.answers or truth.is_host_gone
-                is_watched = _has_timer(dispatcher, call) or (is_over and worker.state is WorkerState.DOOMED)
+                is_watched = _has_timer(dispatcher, call) or (is_over and _is_watched(dispatcher, worker))
                 self.demand(bool(is_watched), truth, "runs without a timer")
         in_flight = self.world.server.books.slots_in_flight
         self.demand(in_flight == len(self._by_call), in_flight, "slots in flight for", len(self._by_call), "calls")
@@ -428,7 +429,9 @@ class Auditor:
             if contract is not None and contract.retired and state is not WorkerState.DOOMED:
                 self.demand(state is WorkerState.BUSY, "worker", worker.id, "serves a retired contract:", state)
             if state is WorkerState.BUSY:
-                self.demand(worker.call is not None, "worker", worker.id, "is busy with nothing")
+                self.demand(bool(worker.held), "worker", worker.id, "is busy with nothing")
+            self.demand(len(worker.ahead) <= WINDOW_MAX, "worker", worker.id, "holds", len(worker.ahead), "ahead")
+            self.demand(worker.call is not None or not worker.ahead, "worker", worker.id, "rests with calls ahead")
         self.demand(len(force.by_id) <= WORKERS_MAX, len(force.by_id), "workers")
         self.demand(starting <= STARTS_AT_ONCE_MAX, starting, "workers start at once")
         self.demand(not (force.blank and force.waiting), "blank workers and contracts that wait for one")
@@ -458,6 +461,15 @@ class Auditor:
         self.demand(len(force.by_id) >= spares, len(force.by_id), "spares of", spares)
         alive = {worker.id for worker in self.world.workers.values() if worker.is_alive}
         self.demand(alive == set(force.by_id), "processes", alive, "for workers", set(force.by_id))
+
+
+def _is_watched(dispatcher: Dispatcher, worker: model.Worker) -> bool:
+    """Whether something sees to it that a worker answers, or dies."""
+    if worker.state is WorkerState.DOOMED:
+        return True
+    if worker.call is not None and _has_timer(dispatcher, worker.call):
+        return True
+    return worker.timer is not None and worker in dispatcher._wheel.buckets.get(worker.timer, {})
 
 
 def _has_timer(dispatcher: Dispatcher, call: model.Call) -> bool:

@@ -51,11 +51,17 @@ def of_kind(effects: list[Effect], kind: type[E]) -> list[E]:
 class Bench:
     """One broker with a worker host and two hosts.
 
+    Args:
+        spares: blank workers to keep.
+        window: calls that a worker of a new contract may hold ahead; 0: the others wait in the queue.
+        has_worker_host: whether one is there from the beginning.
+
     Attributes:
         effects: of the last event.
     """
 
-    def __init__(self, spares: int = 1, *, has_worker_host: bool = True) -> None:
+    def __init__(self, spares: int = 1, *, window: int = 0, has_worker_host: bool = True) -> None:
+        self._window = window
         self.now_ns = 1_000 * NS_PER_MS
         self.effects: list[Effect] = []
         self.memory = Memory()
@@ -139,6 +145,9 @@ class Bench:
             now_ns=self.now_ns,
             effects=self.effects,
         )
+        pending = self.catalogue.pending.get(contract_id)
+        if pending is not None:
+            pending.window = self._window
         return request
 
     def serve(

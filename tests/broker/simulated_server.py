@@ -56,7 +56,6 @@ class SimulatedServer:
         self._heard_ns = 0
         self._has_tick = False
         self._performers: dict[type[Effect], Callable[..., None]] = {
-            model.SendCall: self._send_call,
             model.SendResult: self._send_result,
             model.SendFailure: self._send_failure,
             model.SendReleased: self._send_released,
@@ -78,9 +77,16 @@ class SimulatedServer:
         return self.world.schedule.now_ns
 
     def _perform(self, effects: Iterable[Effect]) -> None:
+        """Perform effects; calls leave last, together by worker, as the real shell sends them."""
+        together: dict[Worker, list[model.SendCall]] = {}
         for effect in effects:
-            self.world.auditor.saw(effect)
-            self._performers[type(effect)](effect)
+            if isinstance(effect, model.SendCall):
+                together.setdefault(effect.worker, []).append(effect)
+            else:
+                self.world.auditor.saw(effect)
+                self._performers[type(effect)](effect)
+        for worker, calls in together.items():
+            self._send_calls(worker, calls)
 
     def _turn(self) -> None:
         """Something was heard: look at deadlines, unless that was done just now; then let all be checked."""
@@ -136,9 +142,9 @@ class SimulatedServer:
             return
         effects: list[Effect]
         call = None if self._comes_in_a_batch() else self.dispatcher.quick_call(host.id, header, self.now_ns)
-        if call is not None and call.worker is not None:
+        if call is not None:
             self.world.counts["quick calls"] += 1
-            effects = [model.SendCall(call.worker, call)]
+            effects = [] if call.worker is None else [model.SendCall(call.worker, call)]
         else:
             effects = self.dispatcher.call_arrived(host.id, header, self.now_ns)
         self.world.auditor.call_arrived(self.dispatcher, host.id, header, number, effects)
@@ -225,12 +231,16 @@ class SimulatedServer:
         worker = self.workforce.by_id.get(worker_id)
         if worker is None:
             return
-        call = None if self._comes_in_a_batch() else self.dispatcher.quick_done(worker, done)
+        process = self.world.workers[worker_id]
+        process.has_said_so = process.has_said_so or bool(done.flags & 1)
+        call = None if self._comes_in_a_batch() else self.dispatcher.quick_done(worker, done, self.now_ns)
         if call is not None:
             self.world.counts["quick answers"] += 1
             self._perform([model.SendResult(call, done.code, done.out_size, done.error_size, True)])
         else:
             self._perform(self.dispatcher.worker_done(worker, done, self.now_ns))
+        if not self._comes_in_a_batch():
+            self._perform(self.dispatcher.refill(worker, self.now_ns))
         self._turn()
 
     # -- worker hosts, pidfds, socketpairs ----------------------------------------------------------------------
@@ -294,14 +304,20 @@ class SimulatedServer:
         self._perform(self.dispatcher.worker_died(worker, cause, self.now_ns))
 
     # -- effects ------------------------------------------------------------------------------------------------
-    def _send_call(self, effect: model.SendCall) -> None:
-        worker, call = effect
+    def _send_calls(self, worker: Worker, calls: list[model.SendCall]) -> None:
+        """Send a worker its calls, unless it cannot be given the memory that they need."""
+        for each in calls:
+            self.world.auditor.saw(each)
         process = self.links[worker.id]
-        if (worker.id, call.pair) not in self._mapped:
-            if not process.has_channel:
-                self._perform(self.dispatcher.worker_lost(worker, self.now_ns))
-                return
-            self._mapped.add((worker.id, call.pair))
+        needed = {(worker.id, each.call.pair) for each in calls}
+        if not needed <= self._mapped and not process.has_channel:
+            self._perform(self.dispatcher.worker_lost(worker, self.now_ns))
+            return
+        self._mapped |= needed
+        for each in calls:
+            self._send_call(process, each.call)
+
+    def _send_call(self, process: SimulatedWorker, call: model.Call) -> None:
         execute = Execute(
             call.sequence,
             call.deadline_ns,
@@ -312,6 +328,7 @@ class SimulatedServer:
         )
         if process.is_alive:
             process.held.add(execute.slot.args)
+            process.sequences.add(execute.sequence)
             process.inbox.send(lambda: process.receive(lambda: process.execute(execute)))
 
     def _load_worker(self, effect: model.LoadWorker) -> None:

@@ -1,7 +1,8 @@
 """Worker hosts and workers as the simulation has them: each step of `execute.lua` is an event, and may be the last.
 
 A worker marks `begun`, looks at its deadline and at `withdrawn`, runs the call, writes the result, marks `done`, and
-only then sends DONE. What it has sent when it dies may arrive, also late, or be lost.
+only then sends DONE, for several calls at once where it likes. What it has sent when it dies may arrive, also late, or
+be lost.
 """
 
 from __future__ import annotations
@@ -57,8 +58,10 @@ class SimulatedWorker:
     """A worker process.
 
     Attributes:
-        is_spent: it has said that it must not be used again.
+        is_spent: it must not be used again.
+        has_said_so: and the broker has heard it.
         held: numbers of calls whose slots it may touch: EXECUTE was sent to it, DONE was not sent by it.
+        sequences: of all hand-overs to it.
     """
 
     def __init__(self, world: Simulation, host: SimulatedWorkerHost, worker_id: int) -> None:
@@ -67,14 +70,17 @@ class SimulatedWorker:
         self.is_alive = True
         self.has_channel = True
         self.is_spent = False
+        self.has_said_so = False
         self.step = "starting"
         self.held: set[int] = set()
+        self.sequences: set[int] = set()
         self.inbox = Wire(world.schedule)
         self.outbox = Wire(world.schedule)
         self._host = host
         self._waiting: deque[Act] = deque()
         self._is_occupied = False
         self._running: Execute | None = None
+        self._gathered: list[tuple[Done, int]] = []  # answers that are not sent, and whose they are
 
     # -- life ---------------------------------------------------------------------------------------------------
     def start(self) -> None:
@@ -112,7 +118,7 @@ class SimulatedWorker:
         self.outbox.send(lambda: self.world.server.on_ready(self.id))
 
     def _take(self) -> None:
-        if self.is_alive and not self._is_occupied and self._waiting:
+        if self.is_alive and not self._is_occupied and self._waiting and not self.is_spent:
             self._is_occupied = True
             self._waiting.popleft()()
 
@@ -211,9 +217,9 @@ class SimulatedWorker:
         """Do what a contract can do through FFI."""
         server, rng = self.world.server, self.world.schedule.rng
         deed = rng.randrange(6)
-        if deed == 0:  # an answer for a call of another worker, or for none
+        if deed == 0:  # an answer for a call that it does not hold
             forged = Done(max(1, call.sequence + rng.randrange(-5, 5)), 0, call.out_size, 0, 0)
-            if forged.sequence != call.sequence:
+            if forged.sequence not in self.sequences:
                 self.outbox.send(lambda: server.on_done(self.id, forged))
         elif deed == 1:
             self.outbox.send(lambda: server.on_ready(self.id))
@@ -245,19 +251,29 @@ class SimulatedWorker:
         self._then("done written", self._quickly(1) // 16, lambda: self._answer(call))
 
     def _answer(self, call: Execute) -> None:
-        slot = call.slot
+        slot, schedule = call.slot, self.world.schedule
         done = Done(call.sequence, slot.code, slot.out_size, slot.error_size, slot.flags)
         self._running = None
         self.is_spent = bool(slot.flags & RETIRE)
-        self.held.discard(slot.args)
-        self.outbox.send(lambda: self.world.server.on_done(self.id, done))
-        if self.world.schedule.chance(self.world.swarm.hostile / 8):  # twice
-            self.outbox.send(lambda: self.world.server.on_done(self.id, done))
-        if self.world.schedule.chance(self.world.swarm.death):
+        self._gathered.append((done, slot.args))
+        if schedule.chance(self.world.swarm.hostile / 8):  # twice
+            self._gathered.append((done, slot.args))
+        may_gather = self._waiting and not self.is_spent
+        if not may_gather or schedule.chance(0.4):
+            self._send_gathered()
+        if schedule.chance(self.world.swarm.death):
             self.step = "answered"
             self._perish()
         else:
             self._rest("idle")
+
+    def _send_gathered(self) -> None:
+        gathered, self._gathered = self._gathered, []
+        for done, number in gathered:
+            self.held.discard(number)
+            self.outbox.send(lambda done=done: self.world.server.on_done(self.id, done))  # type: ignore[misc]
+        if len(gathered) > 1:
+            self.world.counts["gathered answers"] += len(gathered)
 
 
 class SimulatedWorkerHost:

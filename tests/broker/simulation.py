@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 from random import Random
 from types import ModuleType
 
-from luacell.broker import answers, catalogue, dispatcher, model, workforce
+from luacell.broker import answers, catalogue, dispatcher, model, windows, workforce
 from luacell.broker.causes import SIGKILL, Cause
 from luacell.protocol.limits import NS_PER_MS, NS_PER_S, NS_PER_US
 from tests.broker import auditor
@@ -37,6 +37,10 @@ SMALL_BOUNDS: tuple[tuple[ModuleType, str, int], ...] = (
     (model, "QUEUE_MAX", auditor.QUEUE_MAX),
     (dispatcher, "CALLS_IN_FLIGHT_MAX", auditor.CALLS_IN_FLIGHT_MAX),
     (answers, "CALLS_IN_FLIGHT_MAX", auditor.CALLS_IN_FLIGHT_MAX),
+    (model, "WINDOW_FIRST", 3),
+    (windows, "WINDOW_MAX", auditor.WINDOW_MAX),
+    (windows, "REFILL_AT", 2),
+    (windows, "PACE_CALLS_MIN", 3),
     (workforce, "WORKERS_MAX", auditor.WORKERS_MAX),
     (workforce, "STARTS_AT_ONCE_MAX", auditor.STARTS_AT_ONCE_MAX),
     (workforce, "START_LIMIT_NS", auditor.START_LIMIT_NS),

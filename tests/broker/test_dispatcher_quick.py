@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from luacell.broker import dispatcher as dispatcher_module
-from luacell.broker.model import Call, SendFailure, Worker
+from luacell.broker.model import QUEUED, Call, SendFailure, Worker
+from luacell.broker.queues import FairQueue
 from luacell.protocol.headers import NOT_BEGUN, RETIRE, Done
 from luacell.protocol.limits import ERROR_TEXT_MAX
 from tests.broker.bench import HOST, OTHER_HOST, Bench, of_kind
@@ -27,14 +28,14 @@ def quick_call(bench: Bench, **change: int) -> Call | None:
 def quick_done(bench: Bench, call: Call, **change: int) -> Call | None:
     assert call.worker is not None
     done = Done(call.sequence, 0, 8, 0, 0)._replace(**change)
-    return bench.dispatcher.quick_done(call.worker, done)
+    return bench.dispatcher.quick_done(call.worker, done, bench.now_ns)
 
 
 def traits(bench: Bench, call: Call, worker: Worker) -> dict[str, Any]:
     """What the rest of the dispatcher sees of a call and its worker."""
-    names = ("state", "answered", "sequence", "sent_ns", "attempts", "excused", "arrived_ns", "deadline_ns", "timer")
+    names = ("state", "answered", "sequence", "sent_ns", "attempts", "arrived_ns", "deadline_ns", "timer")
     return {name: getattr(call, name) for name in names} | {
-        "worker": (worker.state, worker.served, worker.call is call, call.worker is worker),
+        "worker": (worker.state, worker.served, worker.call is call, call.worker is worker, call in worker.ahead),
         "contract": (call.contract.called, len(call.contract.idle), len(call.contract.queue)),
         "books": (call.book.generation, bench.books.slots_in_flight),
         "dispatcher": (len(call.session.calls), bench.dispatcher.answered_count, bench.dispatcher.next_deadline()),
@@ -86,9 +87,46 @@ def test_quick_calls_expire_one_by_one_and_together(bench: Bench) -> None:
     assert len(failures) == 2
 
 
-def test_a_call_goes_the_quick_way_only_to_an_idle_worker(bench: Bench) -> None:
+def test_a_call_waits_the_quick_way_when_its_workers_are_busy(bench: Bench) -> None:
+    assert quick_call(bench) is not None
+    waiting = quick_call(bench)
+    assert waiting is not None
+    assert (waiting.state, waiting.worker) == (QUEUED, None)
+    assert list(waiting.contract.queue) == [waiting]
+
+
+def test_a_call_does_not_wait_the_quick_way_for_a_worker_that_must_be_ordered_or_in_a_full_queue(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.serve(2, workers=2, stateless=True)
+    bench.lease(2)
+    calls = [bench.dispatcher.quick_call(HOST, bench.header(2, budget_us=20_000), bench.now_ns) for _ in range(2)]
+    assert calls[0] is not None
+    assert calls[1] is None
+    monkeypatch.setattr(FairQueue, "is_full", True)
     assert quick_call(bench) is not None
     assert quick_call(bench) is None
+
+
+def test_calls_ahead_go_and_end_the_quick_way_as_on_the_long_way() -> None:
+    quick, long = Bench(spares=0, window=3), Bench(spares=0, window=3)
+    quick_worker, long_worker = quick.serve(), long.serve()
+    ones = [quick_call(quick) for _ in range(5)]
+    others = [long.call(budget_us=20_000) for _ in range(5)]
+    for one, other in zip(ones, others, strict=True):
+        assert one is not None
+        assert traits(quick, one, quick_worker) == traits(long, other, long_worker)
+    for one, other in zip(ones[:4], others[:4], strict=True):
+        assert one is not None
+        quick.pass_ms(1)
+        long.pass_ms(1)
+        assert quick_done(quick, one) is (one if one is not ones[3] else None)
+        if one is ones[3]:  # the worker has nothing ahead, and a call waits
+            quick.done(one)
+        long.done(other)
+        for each, twin in zip(ones, others, strict=True):
+            assert each is not None
+            assert traits(quick, each, quick_worker) == traits(long, twin, long_worker)
 
 
 def test_a_call_goes_the_quick_way_only_from_a_host_with_its_own_slot(bench: Bench) -> None:

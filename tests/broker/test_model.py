@@ -15,7 +15,7 @@ def test_each_contract_has_a_queue_of_its_own() -> None:
 def test_a_registration_wants_one_worker() -> None:
     contract = Contract(record_of(), request=Request(HOST, 1))
     assert contract.wants_worker
-    contract.workers.add(Worker(1, b"w"))
+    contract.workers[Worker(1, b"w")] = None
     assert not contract.wants_worker
 
 
@@ -30,11 +30,11 @@ def test_a_contract_wants_a_worker_for_each_waiting_call_up_to_its_limit() -> No
     session = bench.dispatcher.sessions[HOST]
     contract.queue.push(session, bench.call(2))
     assert contract.wants_worker
-    contract.workers.add(Worker(1, b"1", LOADING))
+    contract.workers[Worker(1, b"1", LOADING)] = None
     assert not contract.wants_worker, "the one that loads will take it"
     contract.queue.push(session, bench.call(2))
     assert contract.wants_worker
-    contract.workers.add(Worker(2, b"2", IDLE))
+    contract.workers[Worker(2, b"2", IDLE)] = None
     assert not contract.wants_worker, "it has all that it may have"
 
 

@@ -17,6 +17,7 @@ from luacell.broker.model import BUSY, DOOMED, QUEUED, Call, Contract, Effect, K
 from luacell.broker.timers import TimerWheel
 from luacell.broker.workforce import Workforce
 from luacell.protocol import headers
+from luacell.protocol.errors import Began
 from luacell.protocol.headers import Done
 from luacell.protocol.limits import NS_PER_MS
 from luacell.protocol.slots import Answer
@@ -106,7 +107,7 @@ def quick_breakage(break_it: Callable[[Patch], None]) -> Callable[[Patch], None]
 def test_the_simulation_notices(name: str, monkeypatch: Patch) -> None:
     if name not in QUICK:  # else most calls would not meet the breakage
         monkeypatch.setattr(Dispatcher, "quick_call", lambda self, session_id, header, now_ns: None)
-        monkeypatch.setattr(Dispatcher, "quick_done", lambda self, worker, done: None)
+        monkeypatch.setattr(Dispatcher, "quick_done", lambda self, worker, done, now_ns: None)
     BREAKAGES[name](monkeypatch)
     with pytest.raises(Violation) as caught:
         for seed in HUNT_SEEDS:
@@ -116,16 +117,34 @@ def test_the_simulation_notices(name: str, monkeypatch: Patch) -> None:
 
 @breakage
 def a_call_that_had_begun_is_sent_again(patch: Patch) -> None:
-    look_and_bury = Dispatcher._bury
+    fail = Dispatcher._fail_buried
 
-    def bury(self: Dispatcher, call: Call, cause: Cause, verdict: str, now_ns: int, effects: Effects) -> None:
-        seen = self._memory.look(call)
-        if seen.begun == call.sequence != seen.done and not call.answered and call.attempts == 1:
-            self._requeue(call, now_ns, effects)
+    def send_again(
+        self: Dispatcher, call: Call, cause: Cause, verdict: str, began: Began, now_ns: int, effects: Effects
+    ) -> None:
+        if began == "yes":
+            self._requeue([call], now_ns, effects)
         else:
-            look_and_bury(self, call, cause, verdict, now_ns, effects)
+            fail(self, call, cause, verdict, began, now_ns, effects)
 
-    patch.setattr(Dispatcher, "_bury", bury)
+    patch.setattr(Dispatcher, "_fail_buried", send_again)
+
+
+@breakage
+def calls_behind_the_one_that_a_worker_is_killed_for_are_not_withdrawn(patch: Patch) -> None:
+    patch.setattr(Dispatcher, "_take_back", lambda self, calls: None)
+
+
+@breakage
+def the_calls_behind_the_one_that_a_worker_died_of_are_blamed_too(patch: Patch) -> None:
+    requeue = Dispatcher._requeue
+
+    def blame(self: Dispatcher, calls: list[Call], now_ns: int, effects: Effects) -> None:
+        for call in calls[1:]:
+            self._fail_buried(call, Cause(signal=11), "", "no", now_ns, effects)
+        requeue(self, calls[:1], now_ns, effects)
+
+    patch.setattr(Dispatcher, "_requeue", blame)
 
 
 @breakage
@@ -183,11 +202,6 @@ def the_evidence_of_a_dead_worker_is_ignored(patch: Patch) -> None:
 
 
 @breakage
-def a_result_that_is_there_at_the_deadline_is_ignored(patch: Patch) -> None:
-    _blind_to_done("_give_up", patch)
-
-
-@breakage
 def calls_are_not_withdrawn(patch: Patch) -> None:
     patch.setattr(Memory, "withdraw", lambda self, call: None)
 
@@ -200,7 +214,7 @@ def a_doomed_worker_is_used_again(patch: Patch) -> None:
         effects = settle(self, worker, done, now_ns)
         if worker.state is DOOMED and worker.call is None and worker.contract is not None:
             worker.state = BUSY
-            worker.contract.workers.add(worker)
+            worker.contract.workers[worker] = None
             self._employ(worker, now_ns, effects)
         return effects
 
@@ -260,11 +274,13 @@ def each_worker_counts_its_calls_from_one(patch: Patch) -> None:
 def a_call_that_comes_back_waits_though_a_worker_is_idle(patch: Patch) -> None:
     requeue = Dispatcher._requeue
 
-    def wait(self: Dispatcher, call: Call, now_ns: int, effects: Effects) -> None:
-        contract = self.catalogue.serving.get(call.header.contract_id, call.contract)
-        idle, contract.idle = contract.idle, []
-        requeue(self, call, now_ns, effects)
-        contract.idle = idle
+    def wait(self: Dispatcher, calls: list[Call], now_ns: int, effects: Effects) -> None:
+        idle = {contract: contract.idle for contract in self.catalogue.serving.values()}
+        for contract in idle:
+            contract.idle = []
+        requeue(self, calls, now_ns, effects)
+        for contract, workers in idle.items():
+            contract.idle = workers
 
     patch.setattr(Dispatcher, "_requeue", wait)
 
@@ -345,14 +361,8 @@ def the_queue_of_a_replaced_contract_is_lost(patch: Patch) -> None:
 
 
 @breakage
-def a_worker_is_killed_for_a_call_that_it_has_finished(patch: Patch) -> None:
-    end_run = Dispatcher._end_run
-
-    def end(self: Dispatcher, call: Call, seen: Answer, now_ns: int, effects: Effects) -> None:
-        call.excused = True
-        end_run(self, call, seen, now_ns, effects)
-
-    patch.setattr(Dispatcher, "_end_run", end)
+def the_slots_of_a_silent_worker_are_not_looked_at(patch: Patch) -> None:
+    patch.setattr(Dispatcher, "_catch_up", lambda self, worker, now_ns, effects: None)
 
 
 @breakage
@@ -391,13 +401,13 @@ def _pretend(patch: Patch, pretend: Callable[[Worker, Call, Contract], None]) ->
     """Let `quick_done` see a worker, call and contract that are not as they are."""
     quick_done = Dispatcher.quick_done
 
-    def misled(self: Dispatcher, worker: Worker, done: Done) -> Call | None:
+    def misled(self: Dispatcher, worker: Worker, done: Done, now_ns: int) -> Call | None:
         call, contract = worker.call, worker.contract
         if call is None or contract is None:
             return None
         before = worker.state, call.answered, call.sequence, contract.retired, contract.queue.count, call.timer
         pretend(worker, call, contract)
-        served = quick_done(self, worker, done)
+        served = quick_done(self, worker, done, now_ns)
         if served is None:
             worker.state, call.answered = before[:2]
         call.sequence, contract.retired, contract.queue.count = before[2:5]
@@ -442,9 +452,9 @@ def a_worker_rests_the_quick_way_while_calls_wait(patch: Patch) -> None:
 def a_forged_answer_is_taken_the_quick_way(patch: Patch) -> None:
     quick_done = Dispatcher.quick_done
 
-    def believe(self: Dispatcher, worker: Worker, done: Done) -> Call | None:
+    def believe(self: Dispatcher, worker: Worker, done: Done, now_ns: int) -> Call | None:
         sequence = worker.call.sequence if worker.call is not None else 0
-        return quick_done(self, worker, done._replace(sequence=sequence))
+        return quick_done(self, worker, done._replace(sequence=sequence), now_ns)
 
     patch.setattr(Dispatcher, "quick_done", believe)
 
@@ -452,7 +462,11 @@ def a_forged_answer_is_taken_the_quick_way(patch: Patch) -> None:
 @quick_breakage
 def a_refusal_is_a_success_the_quick_way(patch: Patch) -> None:
     quick_done = Dispatcher.quick_done
-    patch.setattr(Dispatcher, "quick_done", lambda self, worker, done: quick_done(self, worker, done._replace(flags=0)))
+
+    def accept(self: Dispatcher, worker: Worker, done: Done, now_ns: int) -> Call | None:
+        return quick_done(self, worker, done._replace(flags=0), now_ns)
+
+    patch.setattr(Dispatcher, "quick_done", accept)
 
 
 SWARMS["a_slot_in_flight_is_taken_the_quick_way"] = Swarm(malice=0.5, cancelling=0.2, slow=0.3, stuck=0.1, hosts=4)

@@ -103,7 +103,7 @@ class Bench:
 
     def run(self, record: Execute, index: int = 0) -> bool:
         EXECUTE.pack_into(self._records, index * EXECUTE.size, *record)
-        return bool(self.vm.execute(index))
+        return self.vm.execute(index, index) is not None
 
     def done(self, index: int = 0) -> Done:
         return Done._make(DONE.unpack_from(self._answers, index * DONE.size))

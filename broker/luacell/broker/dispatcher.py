@@ -7,18 +7,23 @@ says when `time_passed` has something to do.
 The rules it keeps, whatever happens:
 
 * a call that was accepted gets exactly one answer, at its deadline at the latest;
-* a call is handed to a second worker only if the first one died without having begun it;
+* a call is handed over a second time only when it cannot be, or have been, begun the first time;
 * a slot is released only when its worker has answered for it or is dead;
 * a worker is killed only for the call that it is running.
 
 What a worker did when it died is read from the call's slot: `done` holds the call's number when the answer is
 there, `begun` when the contract had been entered. Slots outlive workers, so no two hand-overs share a number.
+
+A busy worker holds calls ahead (`windows`). It answers in order, several at once as it likes; so while it is silent
+the slots tell how far it has come (`_catch_up`), and before it is killed for the call that it runs, those behind are
+withdrawn: it passes them by, or dies, and either way they go to another worker.
+
 `Catalogue` keeps contracts and their loading, `Workforce` the workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from luacell.broker import answers
@@ -48,6 +53,7 @@ from luacell.broker.model import (
 )
 from luacell.broker.registry import Registry
 from luacell.broker.timers import BUCKET_NS, TimerWheel
+from luacell.broker.windows import SLOW_NS, measure, room_of, worker_with_room
 from luacell.broker.workforce import Workforce
 from luacell.protocol import headers
 from luacell.protocol.errors import AbiErrorCode, Began
@@ -63,6 +69,8 @@ from luacell.protocol.limits import (
 from luacell.protocol.slots import GENERATION_MASK, Answer
 
 KILL_AFTER_NS: Final = 100 * NS_PER_MS  # at its caller's deadline a call that ran this long costs its worker
+SILENCE_MAX_NS: Final = NS_PER_S  # from the mark that a call is done to the answer; a mark may be a lie
+RETIRED: Final = "its VM must not be used again"
 ATTEMPTS_MAX: Final = 2  # a call that was not begun is handed out once more
 
 
@@ -112,7 +120,8 @@ class Dispatcher:
             if call.state is QUEUED:
                 call.contract.queue.remove(session, call)
                 self._end(call, effects)
-            else:
+            elif not call.answered:
+                self._memory.withdraw(call)
                 call.answered = True
         self.catalogue.host_left(session_id, now_ns, effects)
         effects.extend(DropPair(pair) for pair in self._books.host_left(session_id))
@@ -144,18 +153,25 @@ class Dispatcher:
         effects: list[Effect] = []
         if contract.idle:
             self._hand(contract.idle.pop(), call, now_ns, effects)
+            return effects
+        worker = None
+        if not contract.queue.count and len(contract.workers) >= contract.workers_max:
+            worker = worker_with_room(contract, now_ns)
+        if worker is not None:
+            self._hand_ahead(worker, call, now_ns, effects)
         else:
             contract.queue.push(session, call)
             self.catalogue.staff(contract, now_ns, effects)
         return effects
 
     def quick_call(self, session_id: bytes, header: headers.Call, now_ns: int) -> Call | None:
-        """Do what `call_arrived` does where nothing is unusual and a worker is idle.
+        """Do what `call_arrived` does where nothing is unusual.
 
         This and `quick_done` are the hot path, each in one piece: a bytecode costs the broker 70 ns here.
 
         Returns:
-            The call, to be sent to its worker; or None, and nothing has changed: `call_arrived` must decide.
+            The call: HELD, to be sent to its worker, or QUEUED; or None, and nothing has changed: `call_arrived` must
+            decide.
         """
         call_id, contract_id, _, budget_us, arena, slot, generation, flags, args_size, out_size = header
         session = self.sessions.get(session_id)
@@ -165,7 +181,6 @@ class Dispatcher:
             session is None
             or contract is None
             or book is None
-            or not contract.idle
             or book.generation != generation
             or book.contract_id != contract_id
             or book.session != session_id
@@ -176,6 +191,7 @@ class Dispatcher:
             or not call_id
             or call_id in session.calls
             or len(session.calls) >= CALLS_IN_FLIGHT_MAX
+            or not (contract.idle or (len(contract.workers) >= contract.workers_max and not contract.queue.is_full))
         ):
             return None
         book.generation = ~generation
@@ -188,25 +204,34 @@ class Dispatcher:
             bucket[call] = None
         else:
             self._wheel.set(deadline_ns, call)
-        worker = call.worker = contract.idle.pop()
-        worker.call = call
-        worker.state = BUSY
+        if contract.idle:
+            worker = call.worker = contract.idle.pop()
+            worker.call = call
+            worker.state = BUSY
+            call.sent_ns = now_ns
+            contract.called = True
+        else:
+            busy = None if contract.queue.count else worker_with_room(contract, now_ns)
+            if busy is None:
+                contract.queue.push(session, call)
+                return call
+            call.worker = busy
+            busy.ahead.append(call)
+            if busy.timer is None:
+                busy.timer = self._wheel.set(now_ns + SLOW_NS, busy)
         call.sequence = self._last_sequence = self._last_sequence + 1
         call.state = HELD
-        call.sent_ns = now_ns
-        call.attempts = 1
-        contract.called = True
         return call
 
-    def quick_done(self, worker: Worker, done: headers.Done) -> Call | None:
-        """Do what `worker_done` does where nothing is unusual and no call waits for the worker.
+    def quick_done(self, worker: Worker, done: headers.Done, now_ns: int) -> Call | None:
+        """Do what `worker_done` does where nothing is unusual and the worker has more to do, or nothing waits for it.
 
         Returns:
             The call, whose host is to be sent this very result with its slot free; or None, and nothing has
             changed: `worker_done` must decide.
         """
         sequence, _, out_size, error_size, flags = done
-        call, contract = worker.call, worker.contract
+        call, contract, ahead = worker.call, worker.contract, worker.ahead
         if (
             call is None
             or contract is None
@@ -215,17 +240,22 @@ class Dispatcher:
             or call.answered
             or worker.state is not BUSY
             or contract.retired
-            or contract.queue.count
+            or (contract.queue.count and not ahead)
             or out_size > call.header.out_size
             or error_size > ERROR_TEXT_MAX
             or call.timer is None
             or call.book.pair.state is not PairState.USABLE
+            or worker.finished
         ):
             return None
-        worker.call = None
         worker.served += 1
-        worker.state = IDLE
-        contract.idle.append(worker)
+        if ahead:
+            self._take_up(worker, ahead.popleft(), now_ns)
+        else:
+            worker.call = None
+            worker.state = IDLE
+            worker.paced_ns = 0
+            contract.idle.append(worker)
         call.state = ENDED
         call.answered = True
         del call.session.calls[call.header.call_id]
@@ -236,6 +266,22 @@ class Dispatcher:
         book.pair.in_flight -= 1
         self.answered_count += 1
         return call
+
+    def refill(self, worker: Worker, now_ns: int) -> list[Effect]:
+        """Hand a busy worker more calls ahead, after its answers were dealt with."""
+        effects: list[Effect] = []
+        contract = worker.contract
+        if contract is None or not contract.queue.count:
+            return effects
+        room = room_of(worker, contract, now_ns)
+        if room:
+            measure(worker, contract, now_ns)
+        for _ in range(room):
+            call = contract.queue.pop()
+            if call is None:
+                break
+            self._hand_ahead(worker, call, now_ns, effects)
+        return effects
 
     def call_cancelled(self, session_id: bytes, call_id: int, now_ns: int) -> list[Effect]:
         """A host no longer wants an answer.
@@ -250,6 +296,8 @@ class Dispatcher:
         call = session.calls.get(call_id)
         if call is None:
             return [SendReleased(session_id, call_id)]
+        if call.state is HELD and not call.answered:
+            self._catch_up(_worker_of(call), now_ns, effects)
         if call.answered:
             return effects
         if call.state is QUEUED:
@@ -260,8 +308,8 @@ class Dispatcher:
         seen = self._give_up(call, now_ns, effects)
         if not _has_result(call, seen):
             effects.append(answers.cancelled(call, _began(call, seen), now_ns, slot="kept"))
-        if _is_running(call, seen) and now_ns - call.sent_ns >= KILL_AFTER_NS:
-            self._dismiss(_worker_of(call), "the call that it ran was cancelled", now_ns, effects)
+        if call.sent_ns and _is_running(call, seen) and now_ns - call.sent_ns >= KILL_AFTER_NS:
+            self._stop_running(call, "the call that it ran was cancelled", now_ns, effects)
         return effects
 
     # -- workers --------------------------------------------------------------------------------------------
@@ -296,23 +344,26 @@ class Dispatcher:
         return effects
 
     def worker_done(self, worker: Worker, done: headers.Done, now_ns: int) -> list[Effect]:
-        """A worker answers for its call."""
+        """A worker answers for the call that it has held longest."""
         effects: list[Effect] = []
-        call = worker.call
-        if call is None or done.sequence != call.sequence:
-            verdict = f"it answered for call {done.sequence}, which it does not hold"
+        held = worker.finished or ((worker.call,) if worker.call is not None else ())
+        if not held or done.sequence != held[0].sequence:
+            verdict = f"it answered for call {done.sequence}, which is not its turn"
             self._dismiss(worker, verdict, now_ns, effects)
             return effects
-        worker.call = None
+        call = held[0]
+        if worker.finished:
+            worker.finished.popleft()
+            worker.silent_ns = now_ns
+        else:
+            self._go_on(worker, now_ns)
         worker.served += 1
         self._settle(call, done, now_ns, effects)
         if worker.state is DOOMED:
             return effects
         if done.flags & headers.RETIRE:
-            self._dismiss(worker, "its VM must not be used again", now_ns, effects)
-        elif call.contract.retired:
-            self._dismiss(worker, "its contract was replaced or unregistered", now_ns, effects)
-        else:
+            self._dismiss(worker, RETIRED, now_ns, effects)
+        elif worker.call is None and not worker.finished:
             self._employ(worker, now_ns, effects)
         return effects
 
@@ -326,11 +377,9 @@ class Dispatcher:
         """A worker is dead: answer for what it held, from the evidence in the slot."""
         effects: list[Effect] = []
         was_loading = worker.state is LOADING
-        contract, call = worker.contract, worker.call
+        contract = worker.contract
         self.workforce.died(worker, cause, now_ns, effects)
-        if call is not None:
-            worker.call = None
-            self._bury(call, cause, worker.verdict, now_ns, effects)
+        self._bury(worker, cause, now_ns, effects)
         if contract is None:
             return effects
         if was_loading and contract.died_loading:
@@ -368,8 +417,7 @@ class Dispatcher:
             if isinstance(subject, Call):
                 self._call_due(subject, now_ns, effects)
             elif isinstance(subject, Worker):
-                subject.timer = None
-                self._dismiss(subject, _overdue(subject), now_ns, effects)
+                self._worker_due(subject, now_ns, effects)
             elif isinstance(subject, Contract):
                 self.catalogue.time_passed(subject, now_ns, effects)
             else:
@@ -378,35 +426,105 @@ class Dispatcher:
 
     # -- inner workings -------------------------------------------------------------------------------------
     def _hand(self, worker: Worker, call: Call, now_ns: int, effects: list[Effect]) -> None:
-        self._last_sequence += 1
+        """Give a call to a worker that has nothing else to do."""
         worker.state = BUSY
-        worker.call = call
+        call.contract.called = True
+        self._hold(worker, call)
+        self._take_up(worker, call, now_ns)
+        effects.append(SendCall(worker, call))
+
+    def _hand_ahead(self, worker: Worker, call: Call, now_ns: int, effects: list[Effect]) -> None:
+        """Give a call to a busy worker, to be begun when those before it are done."""
+        self._hold(worker, call)
+        worker.ahead.append(call)
+        if worker.timer is None:
+            worker.timer = self._wheel.set(now_ns + SLOW_NS, worker)
+        effects.append(SendCall(worker, call))
+
+    def _hold(self, worker: Worker, call: Call) -> None:
+        self._last_sequence += 1
         call.worker = worker
         call.sequence = self._last_sequence
         call.state = HELD
+
+    def _take_up(self, worker: Worker, call: Call, now_ns: int) -> None:
+        """The worker is free to begin the call: the limit on its running time counts from now."""
+        worker.call = call
         call.sent_ns = now_ns
-        call.attempts += 1
-        call.contract.called = True
         kill_ns = now_ns + call.contract.run_limit_ns
-        if kill_ns < call.deadline_ns:
+        if call.timer is None:
+            call.timer = self._wheel.set(kill_ns, call)
+        elif kill_ns < call.deadline_ns:
             self._set_timer(call, kill_ns)
-        effects.append(SendCall(worker, call))
+
+    def _go_on(self, worker: Worker, now_ns: int) -> None:
+        """The call that the worker was running is over: it begins the next one that it holds."""
+        worker.call = None
+        if worker.ahead:
+            self._take_up(worker, worker.ahead.popleft(), now_ns)
 
     def _employ(self, worker: Worker, now_ns: int, effects: list[Effect]) -> None:
-        """Give a free worker the next call of its contract, or let it rest."""
+        """Give a free worker the next call of its contract, or let it rest, or go."""
         contract = worker.contract
         assert contract is not None
+        if contract.retired:
+            self._dismiss(worker, "its contract was replaced or unregistered", now_ns, effects)
+            return
         call = contract.queue.pop()
         if call is not None:
             self._hand(worker, call, now_ns, effects)
         else:
             worker.state = IDLE
+            worker.paced_ns = 0
             contract.idle.append(worker)
+
+    def _catch_up(self, worker: Worker, now_ns: int, effects: list[Effect]) -> None:
+        """Believe the slots about what a worker has finished and not answered for: it may be in its next call.
+
+        Those who wait for it are answered; their slots stay in quarantine until the worker says so itself.
+        """
+        while worker.call is not None:
+            call = worker.call
+            seen = self._memory.look(call)
+            if seen.done != call.sequence:
+                return
+            if not call.answered and not seen.flags & headers.NOT_BEGUN:
+                call.answered = True
+                effects.append(self._result(call, seen, now_ns, slot_free=False))
+            if call.answered and call.timer is not None:
+                self._wheel.cancel(call.timer, call)
+                call.timer = None
+            worker.finished.append(call)
+            self._go_on(worker, now_ns)
+            if seen.flags & headers.RETIRE:
+                self._dismiss(worker, RETIRED, now_ns, effects)
+                return
+            if worker.call is None:
+                worker.silent_ns = now_ns
+                if worker.timer is None:
+                    worker.timer = self._wheel.set(now_ns + SLOW_NS, worker)
+
+    def _worker_due(self, worker: Worker, now_ns: int, effects: list[Effect]) -> None:
+        """A worker did not start or load in time, or it is time to see how far a busy one has come."""
+        worker.timer = None
+        if worker.state in (STARTING, LOADING):
+            self._dismiss(worker, _overdue(worker), now_ns, effects)
+        elif worker.state is BUSY and (worker.call is None or now_ns - worker.call.sent_ns >= SLOW_NS):
+            self._catch_up(worker, now_ns, effects)
+        if worker.state is not BUSY:
+            return
+        silence_max_ns = max(SILENCE_MAX_NS, worker.contract.run_limit_ns if worker.contract else 0)
+        if worker.call is None and now_ns - worker.silent_ns >= silence_max_ns:
+            self._dismiss(worker, "it marked a call as done and does not answer for it", now_ns, effects)
+        elif worker.timer is None and (worker.call is None or worker.ahead or worker.finished):
+            worker.timer = self._wheel.set(now_ns + SLOW_NS, worker)
 
     def _settle(self, call: Call, done: headers.Done | Answer, now_ns: int, effects: list[Effect]) -> None:
         """Relay a worker's answer, unless the host has been answered, and release the slot."""
         if call.answered:
             self._release_answered(call, effects)
+        elif _is_passed_by(call, done, now_ns):
+            self._requeue([call], now_ns, effects)
         elif done.flags & headers.NOT_BEGUN:
             effects.append(answers.deadline_exceeded(call, "no", now_ns))
             self._end(call, effects)
@@ -414,41 +532,65 @@ class Dispatcher:
             effects.append(self._result(call, done, now_ns, slot_free=True))
             self._end(call, effects)
 
-    def _bury(self, call: Call, cause: Cause, verdict: str, now_ns: int, effects: list[Effect]) -> None:
-        """Decide about the call that a dead worker held."""
-        seen = self._memory.look(call)
-        if seen.done == call.sequence:
-            self._settle(call, seen, now_ns, effects)
-        elif call.answered:
-            self._release_answered(call, effects)
-        elif seen.begun != call.sequence and call.attempts < ATTEMPTS_MAX:
-            self._requeue(call, now_ns, effects)
-        else:
-            began = _began(call, seen)
-            if cause.signal == SIGALRM:
-                timer = "the worker's own timer"
-                effects.append(answers.deadline_exceeded(call, began, now_ns, limit=timer))
-            else:
-                effects.append(answers.crashed(call, cause, verdict, began, now_ns))
-            self._end(call, effects)
+    def _bury(self, worker: Worker, cause: Cause, now_ns: int, effects: list[Effect]) -> None:
+        """Decide about the calls that a dead worker held, in order.
 
-    def _requeue(self, call: Call, now_ns: int, effects: list[Effect]) -> None:
-        """Send a call that was not begun to another worker, ahead of all others: it has waited longest."""
-        call.worker = None
-        call.state = QUEUED
-        call.sent_ns = 0
-        contract = call.contract
-        if contract.retired:
-            successor = self._contract_for(call.session.id, call.header.contract_id)
-            if successor is None:
-                self._fail_unregistered(call, effects)
-                return
-            contract = call.contract = successor
-        self._set_timer(call, call.deadline_ns)
-        if contract.idle:
-            self._hand(contract.idle.pop(), call, now_ns, effects)
+        The first that is not done is the one it died of, or would have begun next; those behind it are innocent.
+        """
+        held = worker.held
+        worker.call = None
+        worker.finished.clear()
+        worker.ahead.clear()
+        is_first = True
+        unbegun: list[Call] = []
+        for call in held:
+            seen = self._memory.look(call)
+            if seen.done == call.sequence or call.answered:
+                if _is_passed_by(call, seen, now_ns):
+                    unbegun.append(call)
+                else:
+                    self._settle(call, seen, now_ns, effects)
+                continue
+            if is_first:
+                is_first = False
+                if seen.begun == call.sequence or call.attempts + 1 >= ATTEMPTS_MAX:
+                    self._fail_buried(call, cause, worker.verdict, _began(call, seen), now_ns, effects)
+                    continue
+                call.attempts += 1
+            unbegun.append(call)
+        self._requeue(unbegun, now_ns, effects)
+
+    def _fail_buried(
+        self, call: Call, cause: Cause, verdict: str, began: Began, now_ns: int, effects: list[Effect]
+    ) -> None:
+        """Answer for a call that its worker has died of."""
+        if cause.signal == SIGALRM:
+            effects.append(answers.deadline_exceeded(call, began, now_ns, limit="the worker's own timer"))
         else:
+            effects.append(answers.crashed(call, cause, verdict, began, now_ns))
+        self._end(call, effects)
+
+    def _requeue(self, calls: list[Call], now_ns: int, effects: list[Effect]) -> None:
+        """Let other workers have calls that were not begun, ahead of all others: they have waited longest."""
+        contracts: dict[Contract, None] = {}
+        for call in reversed(calls):
+            call.worker = None
+            call.state = QUEUED
+            call.sent_ns = 0
+            call.taken_back = False
+            contract = call.contract
+            if contract.retired:
+                successor = self._contract_for(call.session.id, call.header.contract_id)
+                if successor is None:
+                    self._fail_unregistered(call, effects)
+                    continue
+                contract = call.contract = successor
+            self._set_timer(call, call.deadline_ns)
             contract.queue.push_front(call.session, call)
+            contracts[contract] = None
+        for contract in contracts:
+            while contract.idle and contract.queue.count:
+                self._employ(contract.idle.pop(), now_ns, effects)
             self.catalogue.staff(contract, now_ns, effects)
 
     def _call_due(self, call: Call, now_ns: int, effects: list[Effect]) -> None:
@@ -458,36 +600,54 @@ class Dispatcher:
             call.contract.queue.remove(call.session, call)
             effects.append(answers.deadline_exceeded(call, "no", now_ns))
             self._end(call, effects)
-        elif call.answered:
-            self._end_run(call, self._memory.look(call), now_ns, effects)
-        else:
+            return
+        worker = _worker_of(call)
+        self._catch_up(worker, now_ns, effects)
+        is_running = worker.call is call
+        if not call.answered:
             seen = self._give_up(call, now_ns, effects)
             if not _has_result(call, seen):
                 run_limit = f"run_limit {call.contract.run_limit_ns / NS_PER_S:g} s"
                 limit = "" if now_ns >= call.deadline_ns else run_limit
                 began = _began(call, seen)
                 effects.append(answers.deadline_exceeded(call, began, now_ns, limit=limit, slot="kept"))
-            self._end_run(call, seen, now_ns, effects)
+        if is_running and worker.state is not DOOMED:
+            self._end_run(call, now_ns, effects)
 
-    def _end_run(self, call: Call, seen: Answer, now_ns: int, effects: list[Effect]) -> None:
+    def _end_run(self, call: Call, now_ns: int, effects: list[Effect]) -> None:
         """Kill the worker that runs a call nobody waits for, or look again later where it may yet end well.
 
-        A worker that has not begun the call will not, but it must say so by the run limit. One that has
-        finished has said so already and is not heard yet; it gets a little time, once: the mark may be a lie.
+        A worker that has not begun the call will not, but it must say so by the run limit.
         """
         ran_ns = now_ns - call.sent_ns
-        if seen.done == call.sequence and not call.excused:
-            call.excused = True
-            call.timer = self._wheel.set(now_ns + KILL_AFTER_NS, call)
-        elif ran_ns >= call.contract.run_limit_ns or (_is_running(call, seen) and ran_ns >= KILL_AFTER_NS):
-            verdict = f"it ran {call.title} for {ran_ns / NS_PER_S:.3f} s"
-            self._dismiss(_worker_of(call), verdict, now_ns, effects)
+        is_running = _is_running(call, self._memory.look(call))
+        if ran_ns >= call.contract.run_limit_ns or (is_running and ran_ns >= KILL_AFTER_NS):
+            self._stop_running(call, f"it ran {call.title} for {ran_ns / NS_PER_S:.3f} s", now_ns, effects)
         else:
             call.timer = self._wheel.set(call.sent_ns + call.contract.run_limit_ns, call)
+
+    def _stop_running(self, call: Call, verdict: str, now_ns: int, effects: list[Effect]) -> None:
+        """Kill a worker for the call that it runs, unless that has just ended: then those behind it have their turn.
+
+        They are withdrawn first, so that the worker begins none of them before the signal arrives.
+        """
+        worker = _worker_of(call)
+        self._take_back(worker.ahead)
+        self._catch_up(worker, now_ns, effects)
+        if worker.call is call:
+            self._dismiss(worker, verdict, now_ns, effects)
+
+    def _take_back(self, calls: Iterable[Call]) -> None:
+        """Forbid a worker to begin calls that it holds; when it has passed them by, others get them."""
+        for call in calls:
+            if not call.answered:
+                self._memory.withdraw(call)
+                call.taken_back = True
 
     def _dismiss(self, worker: Worker, verdict: str, now_ns: int, effects: list[Effect]) -> None:
         """Doom a worker; where it was loading, that has failed, and where calls wait, another is to come."""
         was_loading, contract = worker.state is LOADING, worker.contract
+        self._take_back(worker.held)
         self.workforce.doom(worker, verdict, now_ns, effects)
         if contract is None:
             return
@@ -597,6 +757,12 @@ def _began(call: Call, seen: Answer) -> Began:
 
 def _has_result(call: Call, seen: Answer) -> bool:
     return seen.done == call.sequence and not seen.flags & headers.NOT_BEGUN
+
+
+def _is_passed_by(call: Call, done: headers.Done | Answer, now_ns: int) -> bool:
+    """Whether a worker has not begun a call because it was taken back, so that another may have it."""
+    is_unbegun = bool(done.flags & headers.NOT_BEGUN)
+    return is_unbegun and call.taken_back and not call.answered and now_ns < call.deadline_ns
 
 
 def _is_running(call: Call, seen: Answer) -> bool:

@@ -44,6 +44,7 @@ class Hosts:
         outbox: for answers.
         watcher: reads channels and reports deaths.
         perform: performs effects.
+        on_calls: acts on the CALL records of a host.
         epoch: random bytes of this broker's life.
     """
 
@@ -56,6 +57,7 @@ class Hosts:
         outbox: Outbox,
         watcher: Watcher,
         perform: Callable[[Iterable[Effect]], None],
+        on_calls: Callable[[bytes, Iterable[tuple[int, ...]], int], None],
         epoch: bytes,
     ) -> None:
         self._dispatcher = dispatcher
@@ -65,6 +67,7 @@ class Hosts:
         self._outbox = outbox
         self._watcher = watcher
         self._perform = perform
+        self._on_calls = on_calls
         self._epoch = epoch
         self.links: dict[bytes, HostLink] = {}
         self._by_channel: dict[socket.socket, HostLink] = {}
@@ -137,11 +140,7 @@ class Hosts:
         handler(peer, count, message)
 
     def _on_call(self, peer: bytes, count: int, message: bytes) -> None:
-        now_ns = time.monotonic_ns()
-        for record in headers.parse_records(Op.CALL, count, message):
-            if peer not in self.links:  # expelled in the middle: it does not read what it is answered
-                return
-            self._perform(self._dispatcher.call_arrived(peer, headers.Call._make(record), now_ns))
+        self._on_calls(peer, headers.parse_records(Op.CALL, count, message), time.monotonic_ns())
 
     def _on_cancel(self, peer: bytes, count: int, message: bytes) -> None:
         now_ns = time.monotonic_ns()

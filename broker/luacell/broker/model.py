@@ -3,7 +3,8 @@
 Plain state with questions about itself; all changes are made by the dispatcher and the workforce.
 
     call:    QUEUED ──sent to a worker──> HELD ──done, or its worker died──> ENDED
-                 └──── expired, cancelled, host gone ────────────────────────^
+               │ ^───── not begun ──────────┘                                  ^
+               └─────── expired, cancelled, host gone ─────────────────────────┘
 
     worker:  STARTING ──ready──> BLANK ──load──> LOADING ──loaded──> IDLE <──done── BUSY
              any state ──kill ordered──> DOOMED ──died──> gone                └─sent─^
@@ -11,10 +12,11 @@ Plain state with questions about itself; all changes are made by the dispatcher 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from luacell.broker.books import Pair, SlotBook
 from luacell.broker.queues import FairQueue
@@ -23,6 +25,9 @@ from luacell.protocol import headers
 from luacell.protocol.errors import AbiErrorCode, Began
 from luacell.protocol.limits import NS_PER_US, QUEUE_MAX
 from luacell.protocol.slots import Answer
+
+WINDOW_FIRST: Final = 8  # calls handed ahead to a worker before its pace is known
+WINDOW_FIRST_OF_MANY: Final = 2  # the same where other workers serve the contract too
 
 
 class CallState(Enum):
@@ -70,9 +75,9 @@ class Call:
         pair: the segments its slot lies in.
         answered: whether the host has its one answer.
         sequence: number of its last hand-over, unique in this broker's life; 0 before.
-        sent_ns: when it was handed to its worker, 0 while it is queued.
-        attempts: times it was handed to a worker.
-        excused: whether its worker was given time to say that it has finished.
+        sent_ns: when its worker was free to begin it, as far as the broker knows; 0 while it waits for that.
+        attempts: workers that died when they were about to begin it.
+        taken_back: its worker was forbidden to begin it, so that another may.
     """
 
     state: CallState = QUEUED
@@ -81,7 +86,7 @@ class Call:
     sequence = 0
     sent_ns = 0
     attempts = 0
-    excused = False
+    taken_back = False
     timer: int | None = None
 
     def __init__(
@@ -118,8 +123,10 @@ class Contract:
     Attributes:
         request: the registration that waits for its first load, or None.
         successor_of: the contract that this one replaces once it has loaded.
-        workers: those that serve or load it, without doomed ones.
+        workers: those that serve or load it, oldest first, without doomed ones.
         idle: a subset of `workers`, the most recently used last.
+        workers_max: how many workers it may have.
+        window: calls that one worker may hold ahead, by how fast they are.
         deadline_us: default budget of a call.
         quick_budget_us: largest budget with which a call needs no thought; 0 for a private contract.
         run_limit_ns: how long a call may run before its worker is killed for good.
@@ -135,8 +142,10 @@ class Contract:
     request: Request | None = None
     successor_of: Contract | None = None
     queue: FairQueue[Session, Call] = field(default_factory=lambda: FairQueue(QUEUE_MAX))
-    workers: set[Worker] = field(default_factory=set)
+    workers: dict[Worker, None] = field(default_factory=dict)
     idle: list[Worker] = field(default_factory=list)
+    workers_max: int = 1
+    window: int = 0
     owner: bytes | None = None
     deadline_us: int = 0
     quick_budget_us: int = 0
@@ -156,6 +165,8 @@ class Contract:
         self.quick_budget_us = min(self.record.settings.deadline_us, self.record.settings.run_limit_us)
         if self.owner is not None:
             self.quick_budget_us = 0
+        self.workers_max = self.record.settings.workers
+        self.window = WINDOW_FIRST if self.workers_max == 1 else WINDOW_FIRST_OF_MANY  # others may be free sooner
         self.run_limit_us = self.record.settings.run_limit_us
         self.run_limit_ns = self.record.settings.run_limit_us * NS_PER_US
 
@@ -165,7 +176,7 @@ class Contract:
         if self.request is not None:
             return not self.workers
         loading = sum(worker.state is LOADING for worker in self.workers)
-        return len(self.queue) > loading and len(self.workers) < self.record.settings.workers
+        return len(self.queue) > loading and len(self.workers) < self.workers_max
 
 
 @dataclass(slots=True, eq=False)
@@ -176,8 +187,14 @@ class Worker:
         id: number, never reused in this broker's life.
         routing_id: its identity on the ROUTER.
         pid: 0 until the worker host has reported it.
+        call: the one that it runs, or is about to begin, as far as the broker knows.
+        ahead: calls that it holds besides and has not begun, in order.
+        finished: calls that it has marked as done and not answered for yet, in order.
+        silent_ns: since when it has marked all that it holds as done, or last answered for some of that.
         verdict: why it is doomed, for the caller that hears of its death, or "".
         served: calls it has finished.
+        paced_ns: since when its pace is measured; 0: not at all.
+        paced_served: calls it had finished then.
         mapped: pairs of segments that it was sent.
     """
 
@@ -187,10 +204,21 @@ class Worker:
     pid: int = 0
     contract: Contract | None = None
     call: Call | None = None
+    ahead: deque[Call] = field(default_factory=deque)
+    finished: deque[Call] = field(default_factory=deque)
+    silent_ns: int = 0
     served: int = 0
+    paced_ns: int = 0
+    paced_served: int = 0
     mapped: set[Pair] = field(default_factory=set)
     verdict: str = ""
     timer: int | None = None
+
+    @property
+    def held(self) -> list[Call]:
+        """The calls whose slots it may touch, in the order in which it was handed them."""
+        running = () if self.call is None else (self.call,)
+        return [*self.finished, *running, *self.ahead]
 
 
 class Waiter(Protocol):

@@ -27,6 +27,8 @@ _SEND_LAST: Final = int(zmq.NOBLOCK)
 _send: Final = zmq.backend.Socket.send  # without the wrapper's handling of options that we do not use
 _EXECUTE: Final = Struct(f"<{headers.PREAMBLE_SIZE}s" + headers.EXECUTE.format.removeprefix("<"))
 _EXECUTE_HEAD: Final = headers.head(Op.EXECUTE)
+_execute_record: Final = headers.EXECUTE.pack
+answer_record: Final = headers.RESULT.pack
 _RESULT: Final = Struct(f"<{headers.PREAMBLE_SIZE}s" + headers.RESULT.format.removeprefix("<"))
 _RESULT_HEAD: Final = headers.head(Op.RESULT)
 
@@ -69,10 +71,9 @@ class Outbox:
         worker = call.worker
         assert worker is not None
         _, _, fn_id, _, arena, slot, generation, flags, args_size, out_size = call.header
-        run_limit_us = call.contract.run_limit_us
         message = _EXECUTE.pack(
-            _EXECUTE_HEAD, call.sequence, call.deadline_ns, fn_id, run_limit_us, arena, slot, generation, flags,
-            args_size, out_size, 0,
+            _EXECUTE_HEAD, call.sequence, call.deadline_ns, fn_id, call.contract.run_limit_us, arena, slot, generation,
+            flags if worker.call is call else flags | headers.AHEAD, args_size, out_size, 0,
         )  # fmt: skip
         router, peer = self._router, worker.routing_id
         try:  # as `send`, without its frame: this is the hot path
@@ -80,6 +81,25 @@ class Outbox:
             _send(router, message, _SEND_LAST)
         except zmq.ZMQError as error:
             self._not_sent(peer, error)
+
+    def send_executes(self, worker: model.Worker, calls: list[model.Call]) -> None:
+        """Hand a worker several calls in one message; it has their pairs mapped."""
+        records = []
+        for call in calls:
+            _, _, fn_id, _, arena, slot, generation, flags, args_size, out_size = call.header
+            if worker.call is not call:
+                flags |= headers.AHEAD
+            records.append(
+                _execute_record(
+                    call.sequence, call.deadline_ns, fn_id, call.contract.run_limit_us, arena, slot, generation, flags,
+                    args_size, out_size, 0,
+                )
+            )  # fmt: skip
+        self.send(worker.routing_id, headers.head(Op.EXECUTE, len(records)) + b"".join(records))
+
+    def send_answers(self, peer: bytes, records: list[bytes]) -> None:
+        """Relay several answers, each packed by `answer_record`, to their host."""
+        self.send(peer, headers.head(Op.RESULT, len(records)) + b"".join(records))
 
     def send_answer(self, call: model.Call, code: int, out_size: int, error_size: int, flags: int) -> None:
         """Relay a worker's answer to the call's host."""

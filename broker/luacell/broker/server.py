@@ -24,7 +24,7 @@ from luacell.broker.books import Books, Pair
 from luacell.broker.dispatcher import Dispatcher
 from luacell.broker.hosts import Hosts
 from luacell.broker.model import Effect, SendFailure, Worker
-from luacell.broker.outbox import Outbox
+from luacell.broker.outbox import Outbox, answer_record
 from luacell.broker.registry import Registry
 from luacell.broker.rundir import RunDirectory
 from luacell.broker.signals import SignalPipe
@@ -81,16 +81,19 @@ class Server:
         books, registry = Books(), Registry()
         self._dispatcher = dispatcher = Dispatcher(self._store, books, registry, _new_routing_id, spares)
         self._outbox = outbox = Outbox(self._router, self._expel)
-        self._workers = Workers(dispatcher, self._store, self._watcher, self._perform)
-        self._hosts = Hosts(dispatcher, books, registry, self._store, outbox, self._watcher, self._perform, self._epoch)
+        self._workers = Workers(dispatcher, self._store, self._watcher, self._perform, self._on_answers)
+        self._hosts = Hosts(
+            dispatcher, books, registry, self._store, outbox, self._watcher, self._perform, self._on_calls, self._epoch
+        )
         self._greeting: dict[socket.socket, None] = {}  # descriptor channels without a name, in order of arrival
         self._worker_of = dispatcher.workforce.by_routing_id
         self._sessions = dispatcher.sessions
+        self._together: dict[Worker, list[model.Call]] = {}  # calls to be sent, by worker
         self._tick_ms = 0  # how long `recv` waits
         self._tick_ns = 0  # when to look at deadlines next
         self._bind()
         self._performers: dict[type[Any], Callable[[Any], None]] = {
-            model.SendCall: lambda effect: self._send_execute(effect.call),
+            model.SendCall: lambda effect: self._leave_together(effect.call),
             model.SendResult: outbox.send_result,
             model.SendFailure: outbox.send_failure,
             model.SendReleased: outbox.send_released,
@@ -191,18 +194,21 @@ class Server:
         worker = self._worker_of.get(peer)
         if worker is not None and len(message) == _DONE_SIZE and message.startswith(_DONE_HEAD):
             done = _new_done(_unpack_done(message, _PREAMBLE_SIZE))
-            call = dispatcher.quick_done(worker, done)
+            call = dispatcher.quick_done(worker, done, now_ns)
             if call is not None:
                 self._outbox.send_answer(call, done.code, done.out_size, done.error_size, headers.SLOT_FREE)
             else:
                 self._perform(dispatcher.worker_done(worker, done, now_ns))
+            contract = worker.contract
+            if contract is not None and contract.queue.count:
+                self._perform(dispatcher.refill(worker, now_ns))
         elif len(message) == _CALL_SIZE and message.startswith(_CALL_HEAD) and peer in self._sessions:
             header = _new_call(_unpack_call(message, _PREAMBLE_SIZE))
             call = dispatcher.quick_call(peer, header, now_ns)
-            if call is not None:
-                self._send_execute(call)
-            else:
+            if call is None:
                 self._perform(dispatcher.call_arrived(peer, header, now_ns))
+            elif call.state is model.HELD:
+                self._send_execute(call)
         elif peer == self._watcher_id:
             for item in self._watcher.take():
                 self._on_item(item)
@@ -335,20 +341,82 @@ class Server:
         welcome = messages.Welcome(routing_id=routing_id, epoch=self._epoch, broker_pid=os.getpid())
         send_message(channel, encode(welcome))
 
+    # -- several calls in one message -----------------------------------------------------------------------------
+    def _on_calls(self, peer: bytes, records: Iterable[tuple[int, ...]], now_ns: int) -> None:
+        """A host has sent several calls at once; those that go to one worker leave together."""
+        dispatcher = self._dispatcher
+        for record in records:
+            header = _new_call(record)
+            call = dispatcher.quick_call(peer, header, now_ns)
+            if call is None:
+                self._collect(dispatcher.call_arrived(peer, header, now_ns))
+            elif call.state is model.HELD:
+                self._leave_together(call)
+        self._send_collected()
+
+    def _on_answers(self, worker: Worker, records: Iterable[tuple[int, ...]], now_ns: int) -> None:
+        """A worker answers for several calls at once; answers to one host leave together."""
+        dispatcher = self._dispatcher
+        answers: dict[bytes, list[bytes]] = {}
+        for record in records:
+            done = _new_done(record)
+            call = dispatcher.quick_done(worker, done, now_ns)
+            if call is None:
+                self._collect(dispatcher.worker_done(worker, done, now_ns))
+            else:
+                _, code, out_size, error_size, _ = done
+                packed = answer_record(call.header.call_id, code, out_size, error_size, headers.SLOT_FREE)
+                answers.setdefault(call.session.id, []).append(packed)
+        for peer, packed_answers in answers.items():
+            self._outbox.send_answers(peer, packed_answers)
+        self._collect(dispatcher.refill(worker, now_ns))
+        self._send_collected()
+
     # -- effects --------------------------------------------------------------------------------------------------
     def _perform(self, effects: Iterable[Effect]) -> None:
+        self._collect(effects)
+        if self._together:
+            self._send_collected()
+
+    def _collect(self, effects: Iterable[Effect]) -> None:
+        """Perform effects, but for calls to be sent, which are kept for `_send_collected`."""
         performers = self._performers
         for effect in effects:
             performers[type(effect)](effect)
 
+    def _leave_together(self, call: model.Call) -> None:
+        """Keep a call that a worker was handed until others for that worker are there as well."""
+        worker = call.worker
+        assert worker is not None
+        calls = self._together.get(worker)
+        if calls is None:
+            self._together[worker] = [call]
+        else:
+            calls.append(call)
+
+    def _send_collected(self) -> None:
+        """Send the calls that were kept; one that cannot be sent makes its worker lost, and may bring others."""
+        while self._together:
+            worker, calls = self._together.popitem()
+            if not all(self._has_pair(worker, call.book.pair) for call in calls):
+                self._workers.lost(worker)
+            elif len(calls) == 1:
+                self._outbox.send_execute(calls[0])
+            else:
+                self._outbox.send_executes(worker, calls)
+
     def _send_execute(self, call: model.Call) -> None:
         """Send a call to its worker, after the pair of segments where it has not seen that."""
-        worker, pair = call.worker, call.book.pair
+        worker = call.worker
         assert worker is not None
-        if pair in worker.mapped or self._workers.send_map(worker, pair):
+        if self._has_pair(worker, call.book.pair):
             self._outbox.send_execute(call)
         else:
             self._workers.lost(worker)
+
+    def _has_pair(self, worker: Worker, pair: Pair) -> bool:
+        """Give a worker a pair of segments where it has not seen it; tell whether it has it now."""
+        return pair in worker.mapped or self._workers.send_map(worker, pair)
 
     def _drop_pair(self, pair: Pair) -> None:
         """Unmap and close a pair of segments, here and in the workers that have it."""

@@ -53,6 +53,7 @@ class Workers:
         store: has the descriptors of segments.
         watcher: reports deaths.
         perform: performs effects.
+        on_answers: acts on the DONE records of a worker.
     """
 
     def __init__(
@@ -61,12 +62,14 @@ class Workers:
         store: SegmentStore,
         watcher: Watcher,
         perform: Callable[[Iterable[Effect]], None],
+        on_answers: Callable[[Worker, Iterable[tuple[int, ...]], int], None],
     ) -> None:
         self._dispatcher = dispatcher
         self._workforce = dispatcher.workforce
         self._store = store
         self._watcher = watcher
         self._perform = perform
+        self._on_answers = on_answers
         self._host: socket.socket | None = None
         self._links: dict[int, WorkerLink] = {}
         self._ready_early: set[Worker] = set()
@@ -191,8 +194,7 @@ class Workers:
         """
         now_ns = time.monotonic_ns()
         if op is Op.DONE:
-            for record in headers.parse_records(op, count, message):
-                self._perform(self._dispatcher.worker_done(worker, headers.Done._make(record), now_ns))
+            self._on_answers(worker, headers.parse_records(op, count, message), now_ns)
         elif op is Op.LOADED:
             loaded = decode(messages.Loaded, message)
             self._perform(self._dispatcher.worker_loaded(worker, loaded.problem, loaded.reason, now_ns))

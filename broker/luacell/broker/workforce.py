@@ -146,7 +146,7 @@ class Workforce:
     def _assign(self, worker: Worker, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
         worker.state = LOADING
         worker.contract = contract
-        contract.workers.add(worker)
+        contract.workers[worker] = None
         worker.timer = self._wheel.set(now_ns + LOAD_LIMIT_NS, worker)
         effects.append(LoadWorker(worker, contract.record))
 
@@ -187,7 +187,7 @@ def _leave_contract(worker: Worker) -> None:
     contract = worker.contract
     if contract is None:
         return
-    contract.workers.discard(worker)
+    contract.workers.pop(worker, None)
     if worker in contract.idle:
         contract.idle.remove(worker)
 

@@ -68,6 +68,7 @@ PREAMBLE_SIZE: Final = PREAMBLE.size
 # flags of CALL and EXECUTE
 HAS_ARGS: Final = 1
 HAS_OUT: Final = 2
+AHEAD: Final = 4  # EXECUTE only: the worker holds others, so more may follow; answers may be gathered
 
 # flags of RESULT
 SLOT_FREE: Final = 1

@@ -33,6 +33,7 @@ MAP_LIMIT_S: Final = 5.0  # a pair named by a call is on its way already
 IDLE_BEFORE_DISARM_MS: Final = 500
 EXIT_BROKEN: Final = 70  # the worker itself cannot go on (EX_SOFTWARE)
 OUT_OF_MEMORY_TEXT: Final = b"Lua exception: not enough memory"
+_RECORD_SIZE: Final = headers.EXECUTE.size
 _POSITION_MASK: Final = (1 << SLOT_SHIFT) - 1
 
 
@@ -53,6 +54,12 @@ def _libzmq_path() -> str:
 LIBZMQ: Final = _libzmq_path()
 
 
+class _Progress(ctypes.Structure):
+    """How far serve.lua is: the call that it runs, those at hand, and answers that are not sent."""
+
+    _fields_ = (("position", ctypes.c_uint32), ("count", ctypes.c_uint32), ("unsent", ctypes.c_uint32))
+
+
 class WorkerProcess:
     """One worker.
 
@@ -68,7 +75,7 @@ class WorkerProcess:
         self._pairs: dict[tuple[int, int], tuple[Mapping, Mapping, int]] = {}  # args, out, stride of out
         self._records = ctypes.create_string_buffer(CALLS_PER_MESSAGE_MAX * headers.EXECUTE.size)
         self._reply = ctypes.create_string_buffer(headers.PREAMBLE_SIZE + CALLS_PER_MESSAGE_MAX * headers.DONE.size)
-        self._records_view = memoryview(self._records).cast("B")
+        self._progress = _Progress()
         self._reply_view = memoryview(self._reply).cast("B")
         answers_address = ctypes.addressof(self._reply) + headers.PREAMBLE_SIZE
         self._vm = Vm(ctypes.addressof(self._records), answers_address)
@@ -94,16 +101,17 @@ class WorkerProcess:
         while True:
             try:
                 found = loop.serve()
-                if found is None:
+                if found == "map":
                     self._receive_map()
-                    continue
-                address, size = found
-                message = ctypes.string_at(int(address), int(size))
-                loop.done_with()
-                self._handle(message)
+                elif found == "retire":
+                    _await_death()
+                else:
+                    address, size = found
+                    message = ctypes.string_at(int(address), int(size))
+                    loop.done_with()
+                    self._handle(message)
             except OutOfLuaMemory:
-                if self._answer_out_of_memory(0):
-                    self._socket.send(self._reply_view[: headers.PREAMBLE_SIZE + headers.DONE.size])
+                self._answer_out_of_memory()
                 _await_death()
 
     def _make_loop(self) -> Any:
@@ -115,56 +123,37 @@ class WorkerProcess:
             headers.head(Op.EXECUTE),
             ctypes.addressof(self._records),
             ctypes.addressof(self._reply),
-            headers.PREAMBLE_SIZE + headers.EXECUTE.size,
-            headers.PREAMBLE_SIZE + headers.DONE.size,
+            ctypes.addressof(self._progress),
             IDLE_BEFORE_DISARM_MS,
         )
 
     def _handle(self, message: bytes) -> None:
-        """Act on a message that is not a single call."""
-        op, count = headers.parse_preamble(message)
-        if op is Op.EXECUTE:
-            self._execute(count, message)
-        elif op is Op.LOAD:
+        """Act on a message that has no calls."""
+        op, _ = headers.parse_preamble(message)
+        if op is Op.LOAD:
             self._load(decode(messages.Load, message))
         elif op is Op.UNMAP:
             self._unmap(decode(messages.Unmap, message))
         else:
-            raise ProtocolError(f"operation {op.name} is not for workers")
+            raise ProtocolError(f"operation {op.name}, or its size, is not for workers")
 
-    def _execute(self, count: int, message: bytes) -> None:
-        """Run the calls of one message in order and answer them together."""
-        size = len(message) - headers.PREAMBLE_SIZE
-        if size != count * headers.EXECUTE.size:
-            raise ProtocolError(f"EXECUTE of {count} records has {size} bytes of them")
-        self._records_view[:size] = message[headers.PREAMBLE_SIZE :]
-        for index in range(count):
-            try:
-                while not self._vm.execute(index):
-                    self._receive_map()
-            except OutOfLuaMemory:
-                self._answer_out_of_memory(index)
-        answers = self._reply_view[headers.PREAMBLE_SIZE : headers.PREAMBLE_SIZE + count * headers.DONE.size]
-        self._socket.send(headers.head(Op.DONE, count) + answers)
-
-    def _answer_out_of_memory(self, index: int) -> bool:
-        """Answer for a call in the VM's place: it has no memory left even for that, and must not be used again.
-
-        Returns:
-            Whether the call had no answer yet.
-        """
-        record = headers.Execute._make(headers.EXECUTE.unpack_from(self._records, index * headers.EXECUTE.size))
+    def _answer_out_of_memory(self) -> None:
+        """Answer in the VM's place, which has no memory left even for that, and must not be used again."""
+        progress = self._progress
+        record = headers.Execute._make(headers.EXECUTE.unpack_from(self._records, progress.position * _RECORD_SIZE))
         sequence, slot = record.sequence, record.slot
         _, out, stride = self._pairs[record.arena, slot >> SLOT_SHIFT]
         start = (slot & _POSITION_MASK) * stride
-        if read_answer(out.view, start).done == sequence:
-            return False
-        done = (sequence, int(AbiErrorCode.OUT_OF_MEMORY), 0, len(OUT_OF_MEMORY_TEXT), headers.RETIRE)
-        payload = start + PAYLOAD_OFFSET
-        out.view[payload : payload + len(OUT_OF_MEMORY_TEXT)] = OUT_OF_MEMORY_TEXT
-        headers.DONE.pack_into(out.view, start + DONE_OFFSET, *done)  # the words behind `begun` have the same form
-        headers.DONE.pack_into(self._reply, headers.PREAMBLE_SIZE + index * headers.DONE.size, *done)
-        return True
+        if progress.position < progress.count and read_answer(out.view, start).done != sequence:
+            done = (sequence, int(AbiErrorCode.OUT_OF_MEMORY), 0, len(OUT_OF_MEMORY_TEXT), headers.RETIRE)
+            payload = start + PAYLOAD_OFFSET
+            out.view[payload : payload + len(OUT_OF_MEMORY_TEXT)] = OUT_OF_MEMORY_TEXT
+            headers.DONE.pack_into(out.view, start + DONE_OFFSET, *done)  # the words behind `begun` have the same form
+            headers.DONE.pack_into(self._reply, headers.PREAMBLE_SIZE + progress.unsent * headers.DONE.size, *done)
+            progress.unsent += 1
+        if progress.unsent:
+            answers = self._reply_view[headers.PREAMBLE_SIZE :][: progress.unsent * headers.DONE.size]
+            self._socket.send(headers.head(Op.DONE, progress.unsent) + answers)
 
     def _load(self, load: messages.Load) -> None:
         self._vm.arm_for(LOAD_LIMIT_NS // NS_PER_S)

@@ -1,7 +1,7 @@
 -- The worker's half of a call, inside LuaJIT: checks, the marks in the slot, the guarded call, the answer.
 --
--- `execute(index)` is the only way a contract is entered. It reads record `index` of the EXECUTE message that the
--- process has copied to `records`, works in the slot that the record names, and leaves a DONE record in `answers`.
+-- `execute(index, place)` is the only way a contract is entered. It reads record `index` of the EXECUTE message in
+-- `records`, works in the slot that the record names, and leaves a DONE record at `place` of `answers`.
 -- Everything it needs of the standard library is captured before any contract code runs.
 
 local ffi = require("ffi")
@@ -158,23 +158,23 @@ local function warn_of_result(value)
   stderr:write("luacell: the contract returned a ", type(value), ", which raw contracts' callers never see: write to out\n")
 end
 
--- Run one call. Returns false when the pair of segments is unknown, and true when an answer is in place.
-local function execute(index)
-  local record, answer = records[index], answers[index]
+-- Run one call. Returns nothing when its pair of segments is unknown, else the flags of the answer that is in place.
+local function execute(index, place)
+  local record, answer = records[index], answers[place]
   local sequence = record.sequence
   answer.sequence, answer.code, answer.out_size, answer.error_size, answer.flags = sequence, OK, 0, 0, 0
   local pair = pairs_by_key[record.arena * 65536 + rshift(record.slot, 16)]
-  if not pair then return false end
+  if not pair then return end
   local position = band(record.slot, 0xffff)
   local args_size, out_size = record.args_size, record.out_size
   if position >= pair.count or args_size > pair.args_stride - PAYLOAD or out_size > pair.out_stride - PAYLOAD then
     answer.code = BAD_REQUEST
-    return true
+    return 0
   end
   local args_slot, out_slot = pair.args + position * pair.args_stride, pair.out + position * pair.out_stride
   if cast("uint64_t *", args_slot)[0] ~= record.generation then
     finish(answer, out_slot, sequence, STALE_HANDLE, 0, "the slot's generation is not the call's", 0)
-    return true
+    return 0
   end
   local words = cast("luacell_answer *", out_slot)
   words.begun = sequence
@@ -184,7 +184,7 @@ local function execute(index)
   if at_ns >= deadline_ns or cast("uint64_t *", args_slot + WITHDRAWN)[0] == sequence then
     words.begun = 0
     finish(answer, out_slot, sequence, OK, 0, nil, NOT_BEGUN)
-    return true
+    return NOT_BEGUN
   end
   arm(at_ns, record.limit_us * 1e3)
   local flags = record.flags
@@ -199,11 +199,11 @@ local function execute(index)
   if fine then
     if result ~= nil and not warned then warn_of_result(result) end
     finish(answer, out_slot, sequence, OK, out_size, nil, 0)
-  else
-    local code, text, verdict = judged(result)
-    finish(answer, out_slot, sequence, code, 0, text, verdict)
+    return 0
   end
-  return true
+  local code, text, verdict = judged(result)
+  finish(answer, out_slot, sequence, code, 0, text, verdict)
+  return verdict
 end
 
 local function byte_pointer(address)
@@ -224,6 +224,7 @@ return {
   remove_pair = function(arena, index) pairs_by_key[arena * 65536 + index] = nil end,
   set_target = function(callable) target = callable end,
   execute = execute,
+  clock_ns = clock_ns,
   arm_for = arm_for,
   disarm = disarm,
   described = described,
