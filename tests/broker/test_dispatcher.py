@@ -13,6 +13,7 @@ from luacell.broker.model import (
     SendCall,
     SendFailure,
     SendReleased,
+    SendReply,
     SendResult,
     Worker,
 )
@@ -661,27 +662,50 @@ def test_the_next_deadline_is_that_of_the_next_call(bench: Bench) -> None:
     assert 20 <= (next_ns - bench.now_ns) / NS_PER_MS <= 24
 
 
-def test_the_snapshot_tells_what_is_there(bench: Bench, worker: Worker) -> None:
-    bench.done(bench.call())
-    running = bench.call()
-    bench.call()
-    worker.pid = 4321
-    snapshot = bench.dispatcher.snapshot()
-    assert snapshot == {
-        "hosts": 2,
-        "contracts": 1,
-        "workers": [{"id": worker.id, "pid": 4321, "state": "busy", "contract": "0x0000000000000001", "served": 1}],
-        "spares": 0,
-        "queued": 1,
-        "slots_in_flight": 2,
-        "memory_bytes": running.pair.shape.total_bytes,
-        "answered": 1,
-        "deaths": {},
+# -- the end ----------------------------------------------------------------------------------------------------
+def test_a_draining_broker_finishes_what_it_has_and_takes_nothing_new(bench: Bench, worker: Worker) -> None:
+    running, waiting = bench.call(), bench.call()
+    late = bench.header()
+    bench.dispatcher.drain()
+    assert bench.dispatcher.owes
+    bench.send(late)
+    assert (bench.failure.code, bench.failure.slot) == (AbiErrorCode.UNAVAILABLE, "unused")
+    bench.register(2)
+    assert bench.only(SendReply).kind == "Unavailable"
+    assert bench.dispatcher.quick_call(HOST, late, bench.now_ns) is None
+    bench.done(running)
+    assert bench.dispatcher.owes
+    bench.done(waiting)
+    assert not bench.dispatcher.owes
+    assert bench.dispatcher.is_draining
+
+
+def test_a_registration_under_way_is_owed_an_answer(bench: Bench) -> None:
+    bench.register(2)
+    bench.dispatcher.drain()
+    assert bench.dispatcher.owes
+    bench.load_next()
+    assert not bench.dispatcher.owes
+
+
+def test_who_waits_at_the_end_of_a_drain_is_told(bench: Bench, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, waiting = bench.call(), bench.call()
+    bench.begin(running)
+    bench.dispatcher.drain()
+    failures = of_kind(bench.dispatcher.cancel_all(bench.now_ns), SendFailure)
+    told = {failure.call_id: (failure.code, failure.began, failure.slot) for failure in failures}
+    assert told == {
+        running.header.call_id: (AbiErrorCode.CANCELLED, "yes", "kept"),
+        waiting.header.call_id: (AbiErrorCode.CANCELLED, "no", "free"),
     }
+    assert "shutting down" in failures[0].message
+    assert not bench.dispatcher.owes
+    assert bench.dispatcher.cancel_all(bench.now_ns) == []
 
 
-def test_the_snapshot_shows_workers_without_a_contract() -> None:
-    bench = Bench(spares=1)
-    bench.ready()
-    (shown,) = bench.dispatcher.snapshot()["workers"]
-    assert (shown["state"], shown["contract"]) == ("blank", None)
+def test_a_result_that_is_there_at_the_end_of_a_drain_is_relayed(bench: Bench, worker: Worker) -> None:
+    running = bench.call()
+    bench.finish(running)
+    bench.effects = bench.dispatcher.cancel_all(bench.now_ns)
+    assert bench.result.call is running
+    assert not bench.has(SendFailure)

@@ -173,7 +173,7 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
             arena=7, index=1, count=16, args_stride=4096, out_stride=8192
         )
     },
-    Op.READY: {"a blank worker": messages.Ready(pid=4322)},
+    Op.READY: {"a blank worker": messages.Ready(pid=4322, posture="no new privileges, seccomp")},
     Op.LOADED: {
         "ready for calls": messages.Loaded(problem="", reason=""),
         "no function": messages.Loaded(problem="type", reason="table"),

@@ -12,7 +12,6 @@ import pytest
 
 from luacell.client import (
     AbiErrorCode,
-    BadRequest,
     ContractInfo,
     ContractNotFound,
     DeadlineExceeded,
@@ -646,6 +645,7 @@ def test_sources_that_are_too_large_are_refused_and_the_bridge_lives(bridge: Lua
         ('[contract."a@1"]\nsource = "a.lua"', ["lacks the prefix 'host.'"]),
         ('[contract."host.a@1"]\nsorce = "a.lua"', ['[contract."host.a@1"]', "'sorce'", "did you mean 'source'?"]),
         ('[contract."host.a@1"]\nsource = "b.lua"', ["source = 'b.lua'", "readable Lua file"]),
+        ('[contract."host.a@1"]\nsource = "."', ["source = '.'", "regular file"]),
         ('[contract."host.a@1"]\nsource = "../a.lua"', ["source = '../a.lua'", "a file in"]),
         ('[contract."host.a@1"]\nsource = "/etc/passwd"', ["source = '/etc/passwd'"]),
         ('[contract."host.a@1"]\nsource = 1', ["source = 1", "text"]),
@@ -680,7 +680,7 @@ def test_directory_without_a_manifest_is_refused_by_name(bridge: LuaHostBridge, 
 
 
 def test_several_workers_need_a_stateless_contract(bridge: LuaHostBridge) -> None:
-    with pytest.raises(BadRequest, match="stateless = true"):
+    with pytest.raises(DeploymentError, match="workers = 2 is not 1, and more need stateless = true"):
         deploy(bridge, DOUBLE, workers=2)
     assert bridge.contracts() == []
     deploy(bridge, DOUBLE, workers=2, stateless=True)

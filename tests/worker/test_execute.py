@@ -401,6 +401,29 @@ def test_fail_passes_through_coroutines_and_can_be_caught(bench: Bench) -> None:
     assert bench.error() == (1024, "again")
 
 
+def test_each_failure_keeps_its_own_code_and_text(bench: Bench) -> None:
+    bench.function("local _, first = pcall(luacell.fail, 6, 'six') pcall(luacell.fail, 7, 'seven') error(first, 0)")
+    assert bench.error() == (6, "six")
+    hidden = "{ __tostring = function() pcall(luacell.fail, 6, 'six') return 'seen' end }"
+    bench.function(f"error(setmetatable({{}}, {hidden}))")
+    code, told = bench.error()
+    assert (code, told.splitlines()[0]) == (AbiErrorCode.HOST_CONTRACT_CALL_FAILED, "Lua exception: seen")
+    bench.function("local _, failure = pcall(luacell.fail, 6, 'six') failure.code = 8 error(failure, 0)")
+    assert bench.error() == (6, "six")
+
+
+@pytest.mark.parametrize("before", ["", "\ufeff", "#!/usr/bin/luajit\n", "-- a comment\n", "\ufeff#!x\r\n"])
+@pytest.mark.parametrize("form", ["function() end", "return function() end", "local f = function() end return f"])
+def test_chunk_may_begin_as_files_do(bench: Bench, before: str, form: str) -> None:
+    assert bench.load(before + form) == ("", "")
+    assert bench.load(before + form + " -- and end with a comment") == ("", "")
+
+
+@pytest.mark.parametrize("chunk", ["nil) or (function() end", "function() end) --", "(function() end"])
+def test_chunk_must_parse_by_itself(bench: Bench, chunk: str) -> None:
+    assert bench.load(chunk)[0] == "load"
+
+
 def test_code_of_one_call_is_not_that_of_the_next(bench: Bench) -> None:
     bench.function("if fn_id == 1 then luacell.fail(1024, 'chosen') end error('plain', 0)")
     assert bench.call(fn_id=1).code == 1024

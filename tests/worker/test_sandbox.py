@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import zmq
 
+from luacell.client import LuaHostBridge
 from luacell.worker import sandbox
 from luacell.worker.sandbox import ALLOW, DENIED, DENY_LIST, KILL_PROCESS, REFUSED, UNKNOWN
 
@@ -644,3 +645,22 @@ def test_a_dealer_whose_broker_is_gone_stays_alive_and_alone(
     assert zygote.returncode == 0, errors
     assert json.loads(output) == "EPERM"
     assert not (tmp_path / "other.sock").exists()
+
+
+# -- what is hidden ------------------------------------------------------------------------------------------
+def test_environment_of_the_host_is_not_the_contract_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUACELL_TEST_SECRET", "s3cret")
+    monkeypatch.setenv("TZ", "UTC")
+    with LuaHostBridge() as bridge:
+        assert bridge.lua().eval("os.getenv('LUACELL_TEST_SECRET')") is None
+        assert bridge.lua().eval("os.getenv('PATH')") is None
+        assert bridge.lua().eval("os.getenv('TZ')") == "UTC"
+
+
+def test_worker_is_not_dumpable_and_says_which_layers_are_in_force() -> None:
+    with LuaHostBridge() as bridge:
+        source = "local ffi = require('ffi') ffi.cdef 'int prctl(int, long, long, long, long);' return ffi.C.prctl({})"
+        assert bridge.lua().eval(source.format("3, 0, 0, 0, 0")) == 0
+        posture = bridge.health()["posture"]
+        assert posture["level"] == "default"
+        assert "not dumpable" in posture["layers"]

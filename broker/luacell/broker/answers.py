@@ -68,6 +68,11 @@ def over_bound(session: Session, contract: Contract) -> Refusal | None:
     return None
 
 
+def shutting_down(header: headers.Call) -> Refusal:
+    """The broker finishes what it has and takes nothing new."""
+    return Refusal(AbiErrorCode.UNAVAILABLE, f"call {header.call_id} comes too late: the broker is shutting down")
+
+
 # -- calls that got no result ------------------------------------------------------------------------------
 def load_failure(session_id: bytes, header: headers.Call, contract: Contract, slot: str) -> SendFailure:
     """Say that a registered contract no longer loads; the call was not begun."""
@@ -84,9 +89,9 @@ def unregistered(call: Call) -> SendFailure:
     return SendFailure(call.session.id, call.header.call_id, AbiErrorCode.HOST_CONTRACT_NOT_FOUND, text)
 
 
-def cancelled(call: Call, began: Began, now_ns: int, *, slot: str = "free") -> SendFailure:
-    """Say that a call was ended by its caller."""
-    text = f"{call.title}: cancelled by its caller"
+def cancelled(call: Call, began: Began, now_ns: int, *, by: str = "its caller", slot: str = "free") -> SendFailure:
+    """Say that a call was ended by its caller, or by a broker that shuts down."""
+    text = f"{call.title}: cancelled by {by}"
     return _failure(call, AbiErrorCode.CANCELLED, text, began, now_ns, slot=slot)
 
 
@@ -98,6 +103,16 @@ def deadline_exceeded(call: Call, began: Began, now_ns: int, *, limit: str = "",
     return _failure(call, AbiErrorCode.DEADLINE_EXCEEDED, text, began, now_ns, slot=slot, limit=bound)
 
 
+def stopped_by_timer(call: Call, began: Began, now_ns: int) -> SendFailure:
+    """Say that the interval timer of the worker's process ended it: ours, or one that the contract has set."""
+    text = f"{call.title}: the worker was ended by its own interval timer, {_at_which(began)}"
+    return _failure(call, AbiErrorCode.DEADLINE_EXCEEDED, text, began, now_ns, limit="the worker's own timer")
+
+
+def _at_which(began: Began) -> str:
+    return "while running the call" if began == "yes" else "before it began the call"
+
+
 def out_of_memory(call: Call, now_ns: int, *, slot: str = "free") -> SendFailure:
     """Say that a call ran into its contract's memory limit."""
     bound = f"memory {call.contract.record.settings.memory / MIB:g} MiB"
@@ -107,7 +122,7 @@ def out_of_memory(call: Call, now_ns: int, *, slot: str = "free") -> SendFailure
 
 def crashed(call: Call, cause: Cause, verdict: str, began: Began, now_ns: int) -> SendFailure:
     """Say that the worker which held a call died; `verdict` is why this broker killed it, or ""."""
-    where = "while running the call" if began == "yes" else "before it began the call, twice"
+    where = _at_which(began) + ("" if began == "yes" else ", twice")
     why = f" (killed: {verdict})" if verdict and (cause.signal == SIGKILL or cause == UNKNOWN) else ""
     text = f"{call.title}: the worker died with {cause} {where}{why}"
     return _failure(call, AbiErrorCode.WORKER_CRASHED, text, began, now_ns, cause=cause)
@@ -124,7 +139,7 @@ def _failure(
     cause: Cause | None = None,
     limit: str = "",
 ) -> SendFailure:
-    sent_ns = call.sent_ns or now_ns
+    sent_ns = now_ns if began == "no" else call.sent_ns or now_ns
     return SendFailure(
         call.session.id,
         call.header.call_id,

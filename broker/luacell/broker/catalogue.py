@@ -38,11 +38,16 @@ class Catalogue:
         self._wheel = wheel
         self.serving: dict[int, Contract] = {}
         self.pending: dict[int, Contract] = {}
+        self.is_draining = False
 
     def register(
         self, request: Request, record: ContractRecord, *, replace: bool, now_ns: int, effects: list[Effect]
     ) -> None:
         """Begin a registration; its reply comes when the contract has loaded or failed to."""
+        if self.is_draining:
+            reason = "the broker is shutting down"
+            effects.append(SendReply(request, "Unavailable", AbiErrorCode.UNAVAILABLE, reason))
+            return
         current = self.serving.get(record.id)
         if self._is_taken(record, current, replace):
             reason = str(DuplicateContract(record.id))

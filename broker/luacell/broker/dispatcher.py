@@ -24,7 +24,7 @@ withdrawn: it passes them by, or dies, and either way they go to another worker.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Final
 
 from luacell.broker import answers
 from luacell.broker.books import ARENA_BITS, Books, PairState, Refusal
@@ -100,6 +100,7 @@ class Dispatcher:
         self.catalogue = Catalogue(registry, self.workforce, self._wheel)
         self.sessions: dict[bytes, Session] = {}
         self.answered_count = 0
+        self.is_draining = False
         self._last_sequence = 0
         self._serving = self.catalogue.serving
         self._slots = books.slots
@@ -133,6 +134,8 @@ class Dispatcher:
         session = self.sessions.get(session_id)
         if session is None:  # it was sent away for an earlier call of the same message
             return []
+        if self.is_draining:
+            return [answers.refused(session, header, answers.shutting_down(header))]
         contract = self._contract_for(session_id, header.contract_id)
         if contract is None:
             return [answers.refused(session, header, answers.unknown_contract(header))]
@@ -181,6 +184,7 @@ class Dispatcher:
             session is None
             or contract is None
             or book is None
+            or self.is_draining
             or book.generation != generation
             or book.contract_id != contract_id
             or book.session != session_id
@@ -405,6 +409,35 @@ class Dispatcher:
             self._fail_unregistered(call, effects)
         return effects
 
+    # -- the end --------------------------------------------------------------------------------------------
+    def drain(self) -> None:
+        """Take no new calls and registrations; what was accepted is finished."""
+        self.is_draining = True
+        self.catalogue.is_draining = True
+
+    @property
+    def owes(self) -> bool:
+        """Whether a call or a registration has no answer yet."""
+        if self.catalogue.pending:
+            return True
+        return any(not call.answered for session in self.sessions.values() for call in session.calls.values())
+
+    def cancel_all(self, now_ns: int) -> list[Effect]:
+        """Answer every call that has no answer: the broker ends."""
+        effects: list[Effect] = []
+        by = "the broker, which is shutting down"
+        for session in self.sessions.values():
+            for call in [call for call in session.calls.values() if not call.answered]:
+                if call.state is QUEUED:
+                    call.contract.queue.remove(session, call)
+                    effects.append(answers.cancelled(call, "no", now_ns, by=by))
+                    self._end(call, effects)
+                    continue
+                seen = self._give_up(call, now_ns, effects)
+                if not _has_result(call, seen):
+                    effects.append(answers.cancelled(call, _began(call, seen), now_ns, by=by, slot="kept"))
+        return effects
+
     # -- time -----------------------------------------------------------------------------------------------
     def next_deadline(self) -> int | None:
         """Return when `time_passed` is due, or None."""
@@ -565,7 +598,7 @@ class Dispatcher:
     ) -> None:
         """Answer for a call that its worker has died of."""
         if cause.signal == SIGALRM:
-            effects.append(answers.deadline_exceeded(call, began, now_ns, limit="the worker's own timer"))
+            effects.append(answers.stopped_by_timer(call, began, now_ns))
         else:
             effects.append(answers.crashed(call, cause, verdict, began, now_ns))
         self._end(call, effects)
@@ -714,30 +747,6 @@ class Dispatcher:
         assert call.timer is not None
         self._wheel.cancel(call.timer, call)
         call.timer = self._wheel.set(when_ns, call)
-
-    def snapshot(self) -> dict[str, Any]:
-        """Return counts and states for people: workers, contracts, calls, memory."""
-        workers = [
-            {
-                "id": worker.id,
-                "pid": worker.pid,
-                "state": worker.state.value,
-                "contract": worker.contract.record.title if worker.contract else None,
-                "served": worker.served,
-            }
-            for worker in self.workforce.by_id.values()
-        ]
-        return {
-            "hosts": len(self.sessions),
-            "contracts": len(self.catalogue.serving),
-            "workers": workers,
-            "spares": len(self.workforce.blank),
-            "queued": sum(len(contract.queue) for contract in self.catalogue.serving.values()),
-            "slots_in_flight": self._books.slots_in_flight,
-            "memory_bytes": self._books.total_bytes,
-            "answered": self.answered_count,
-            "deaths": dict(self.workforce.deaths),
-        }
 
 
 def _worker_of(call: Call) -> Worker:

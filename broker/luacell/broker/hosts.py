@@ -17,6 +17,7 @@ from luacell.broker.dispatcher import Dispatcher
 from luacell.broker.model import DropPair, Effect, Request, SendReply
 from luacell.broker.outbox import Outbox
 from luacell.broker.registry import ContractRecord, Registry
+from luacell.broker.snapshot import snapshot
 from luacell.broker.store import SegmentStore, create_descriptors
 from luacell.broker.watcher import Watcher, WorkDone
 from luacell.protocol import headers, messages
@@ -187,7 +188,7 @@ class Hosts:
 
     def _on_health(self, peer: bytes, count: int, message: bytes) -> None:
         asked = decode(messages.Health, message)
-        body = self._dispatcher.snapshot() | {"epoch": self._epoch.hex(), "broker_pid": os.getpid()}
+        body = snapshot(self._dispatcher, self._books) | {"epoch": self._epoch.hex(), "broker_pid": os.getpid()}
         self._outbox.send_reply(SendReply(Request(peer, asked.request_id), body=body))
 
     def _on_bye(self, peer: bytes, count: int, message: bytes) -> None:

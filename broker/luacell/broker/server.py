@@ -34,7 +34,7 @@ from luacell.broker.workers import WorkerLink, Workers
 from luacell.protocol import headers, messages
 from luacell.protocol.errors import AbiErrorCode, ProtocolError
 from luacell.protocol.headers import Op
-from luacell.protocol.limits import MESSAGE_MAX, NS_PER_MS, SESSIONS_MAX
+from luacell.protocol.limits import MESSAGE_MAX, NS_PER_MS, NS_PER_S, SESSIONS_MAX
 from luacell.protocol.memory.channel import ChannelClosed, close_all, send_message
 from luacell.protocol.messages import ROUTING_ID_SIZE, decode, encode
 
@@ -44,6 +44,8 @@ HIGH_WATER_MARK: Final = 4096  # messages per peer; four times what a host may h
 TICK_IDLE_MS: Final = 1000
 TICK_BUSY_MS: Final = 20  # while something has a deadline: lateness of a deadline, far below the promise of 250 ms
 TIME_STEP_NS: Final = 4 * NS_PER_MS  # between looks at the deadlines while messages keep coming
+DRAIN_LIMIT_NS: Final = 25 * NS_PER_S  # container runtimes kill 30 s after they have asked
+FAREWELL_MS: Final = 500  # for the last answers to leave
 GREETINGS_MAX: Final = 256  # descriptor channels that have not said who they are
 
 _CALL_HEAD: Final = headers.head(Op.CALL)
@@ -89,6 +91,7 @@ class Server:
         self._worker_of = dispatcher.workforce.by_routing_id
         self._sessions = dispatcher.sessions
         self._together: dict[Worker, list[model.Call]] = {}  # calls to be sent, by worker
+        self._drained_ns = 0  # when a broker that is ending no longer waits for calls; 0: it is not ending
         self._tick_ms = 0  # how long `recv` waits
         self._tick_ns = 0  # when to look at deadlines next
         self._bind()
@@ -162,13 +165,13 @@ class Server:
         self._watcher.close()
         self._listener.close()
         self._store.close()
-        self._router.close()
+        self._router.close(linger=FAREWELL_MS)
         self._context.term()
 
     # -- time -----------------------------------------------------------------------------------------------------
     def _choose_tick(self) -> None:
         """After a quiet tick: wake up often only while something has a deadline."""
-        is_quiet = self._dispatcher.next_deadline() is None and not self._workers.awaits
+        is_quiet = self._dispatcher.next_deadline() is None and not self._workers.awaits and not self._drained_ns
         self._set_tick(TICK_IDLE_MS if is_quiet else TICK_BUSY_MS)
 
     def _set_tick(self, tick_ms: int) -> None:
@@ -184,6 +187,8 @@ class Server:
             self._perform(self._dispatcher.time_passed(now_ns))
         if self._workers.awaits:
             self._workers.time_passed(now_ns)
+        if self._drained_ns:
+            self._leave_when_drained(now_ns)
 
     # -- messages -------------------------------------------------------------------------------------------------
     def _handle(self, peer: bytes, message: bytes, now_ns: int) -> None:
@@ -283,7 +288,24 @@ class Server:
             case WorkDone(tell):
                 tell()
             case Signalled(number):
-                raise Leave(f"signal {number}")
+                self._on_signal(number)
+
+    def _on_signal(self, number: int) -> None:
+        """The first signal asks for an orderly end, the second for one at once."""
+        if self._drained_ns:
+            raise Leave(f"signal {number}, the second")
+        self._drained_ns = time.monotonic_ns() + DRAIN_LIMIT_NS
+        self._dispatcher.drain()
+        log.info("broker is draining", extra={"fields": {"signal": number}})
+        self._leave_when_drained(time.monotonic_ns())
+
+    def _leave_when_drained(self, now_ns: int) -> None:
+        """End as soon as nobody waits for an answer; at the limit, those who do get one."""
+        if now_ns >= self._drained_ns:
+            self._perform(self._dispatcher.cancel_all(now_ns))
+        if not self._dispatcher.owes:
+            raise Leave("drained")
+        self._tick_ns = 0  # look again at the next message
 
     def _on_connected(self, channel: socket.socket) -> None:
         if len(self._hosts.links) >= SESSIONS_MAX:

@@ -199,7 +199,7 @@ class Workers:
             loaded = decode(messages.Loaded, message)
             self._perform(self._dispatcher.worker_loaded(worker, loaded.problem, loaded.reason, now_ns))
         elif op is Op.READY:
-            decode(messages.Ready, message)
+            self._workforce.posture = decode(messages.Ready, message).posture
             if worker.id in self._links:
                 self._perform(self._dispatcher.worker_ready(worker, now_ns))
             else:  # the worker host's report of its descriptors is on the other channel, still on its way

@@ -61,6 +61,7 @@ class Workforce:
         self.waiting: OrderedDict[Contract, None] = OrderedDict()
         self.deaths: Counter[str] = Counter()
         self.has_host = False
+        self.posture = ""  # of the last worker that became ready
 
     @property
     def starting_count(self) -> int:

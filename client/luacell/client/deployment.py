@@ -6,6 +6,7 @@ It reads and checks files; it registers nothing. Unknown keys are errors, with t
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from dataclasses import dataclass
@@ -158,12 +159,15 @@ def _read_unit(directory: Path, manifest: Path, name: str, values: object) -> Un
     sandbox = table.text("sandbox", "default")
     if sandbox not in SANDBOX_LEVELS:
         raise table.error("sandbox", f"one of {', '.join(SANDBOX_LEVELS)}")
+    workers, stateless = table.integer("workers", 1, 1, WORKERS_PER_CONTRACT_MAX), table.boolean("stateless")
+    if workers > 1 and not stateless:
+        raise table.error("workers", "1, and more need stateless = true: state lives in one worker")
     settings = Settings(
         deadline_us=deadline_us,
         run_limit_us=table.duration_us("run_limit", deadline_us),
         memory=table.size("memory", MEMORY_DEFAULT, MEMORY_MIN, MEMORY_MAX),
-        workers=table.integer("workers", 1, 1, WORKERS_PER_CONTRACT_MAX),
-        stateless=table.boolean("stateless"),
+        workers=workers,
+        stateless=stateless,
         idempotent=table.boolean("idempotent"),
         sandbox=sandbox,
     )
@@ -173,6 +177,8 @@ def _read_unit(directory: Path, manifest: Path, name: str, values: object) -> Un
 def _read_source(directory: Path, table: _Table) -> LuaFunction:
     relative = Path(table.text("source"))
     path = directory / relative
+    if path.exists() and not path.is_file():
+        raise table.error("source", "a regular file")
     if relative.is_absolute() or not path.resolve().is_relative_to(directory.resolve()):
         raise table.error("source", f"a file in {directory}")
     try:
@@ -189,10 +195,21 @@ def _read_modules(directory: Path) -> dict[str, bytes]:
         relative = path.relative_to(directory)
         if not path.is_file() or any(part.startswith(".") for part in relative.parts):
             continue
-        modules[".".join(relative.with_suffix("").parts)] = path.read_bytes()
+        name = ".".join(relative.with_suffix("").parts)
+        if not _is_text(name):
+            raise DeploymentError(f"{directory}: the name of {os.fsencode(relative)!r} is not UTF-8")
+        modules[name] = path.read_bytes()
         if len(modules) > MODULES_MAX:
             raise DeploymentError(f"{directory} holds more than {MODULES_MAX} modules; {path} is one too many")
     return modules
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_total(directory: Path, unit: Unit, modules: dict[str, bytes]) -> None:

@@ -91,7 +91,8 @@ def raise_for(failure: messages.Failure, contract_id: int, fn_id: int) -> NoRetu
     if isinstance(error, errors.ContractNotFound):
         error.contract_id = contract_id
     if isinstance(error, errors.VmDispatchFailed):
-        error.contract_id, error.fn_id, error.reason = contract_id, fn_id, failure.message
+        prefix = f"VM dispatch failed for contract_id={format_id(contract_id)} fn_id={fn_id}: "
+        error.contract_id, error.fn_id, error.reason = contract_id, fn_id, failure.message.removeprefix(prefix)
     raise error
 
 

@@ -49,6 +49,7 @@ from luacell.protocol.limits import (
 ROUTING_ID_SIZE: Final = 16
 SANDBOX_LEVELS: Final = ("default", "hardened", "untrusted")
 REASON_MAX: Final = 2 * ERROR_TEXT_MAX  # characters: an error text within a sentence of our own
+POSTURE_MAX: Final = 400  # characters
 ID_MAX: Final = U64_MAX
 
 __all__ = ["Message", "decode", "encode", "size_of"]
@@ -326,10 +327,16 @@ class Unmap:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A worker is connected, confined and blank."""
+    """A worker is connected, confined and blank.
+
+    Attributes:
+        pid: in its own pid namespace.
+        posture: the layers of protection that it has put in force, separated by ", ".
+    """
 
     OP: ClassVar[Op] = Op.READY
     pid: int = integer()
+    posture: str = text(POSTURE_MAX, "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ class WorkerProcess:
     def run(self) -> NoReturn:
         """Serve until killed."""
         loop = self._make_loop()
-        self._socket.send(encode(messages.Ready(pid=os.getpid())))
+        self._socket.send(encode(messages.Ready(pid=os.getpid(), posture=", ".join(sandbox.DEFAULT_LAYERS))))
         while True:
             try:
                 found = loop.serve()
@@ -209,6 +209,8 @@ def run_worker(parent_pid: int, broker_socket: Path, routing_id: bytes, channel:
     try:
         sandbox.die_with_parent(parent_pid)
         _become_quiet(channel.fileno())
+        sandbox.hide_memory()
+        sandbox.forget_environment()
         sandbox.set_limits(STACK_SIZE)
         process = WorkerProcess(broker_socket, routing_id, channel)
         sandbox.confine()

@@ -4,7 +4,7 @@ It owns the limits and the system-call filter that a worker puts on itself betwe
 line of Lua. It does not decide *which* level a worker gets, does not watch workers, and hides nothing inside
 Lua: with FFI a contract reaches all of the process, so only what the kernel refuses counts.
 
-    fork -> die_with_parent -> set_limits -> (libzmq is connected) -> confine -> Lua
+    fork -> die_with_parent -> hide_memory, forget_environment, set_limits -> (libzmq is connected) -> confine -> Lua
 
 The filter is data before it is code: `DENY_LIST` says what each system call gets, `assemble` turns such a
 table into a BPF program, `confine` installs it. The first two are pure and can be judged without a kernel.
@@ -26,6 +26,7 @@ from typing import Final
 
 # From the headers of prctl(2) and seccomp(2).
 _PR_SET_PDEATHSIG: Final = 1
+_PR_SET_DUMPABLE: Final = 4
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _SYS_SECCOMP: Final = 317
 _SECCOMP_SET_MODE_FILTER: Final = 1
@@ -78,6 +79,16 @@ _TIOCSTI: Final = 0x5412
 _TIOCLINUX: Final = 0x541C
 
 _ORPHAN_EXIT_CODE: Final = 1
+_KEPT_VARIABLES: Final = frozenset(("TZ", "LANG", "LC_ALL", "LC_CTYPE"))
+# What a worker of the `default` level has in force when it says that it is ready; without one of them it is not.
+DEFAULT_LAYERS: Final = (
+    "death with its worker host",
+    "not dumpable",
+    "no core files",
+    "clean environment",
+    "no new privileges",
+    "seccomp: no processes, sockets, signals or tracing of others",
+)
 
 # x86-64 numbers, by what a contract would gain. Each is refused whatever its arguments are.
 DENIED: Final[Mapping[str, Mapping[str, int]]] = {
@@ -334,6 +345,24 @@ def die_with_parent(parent_pid: int) -> None:
     # Ordered too late, the signal never comes; whoever adopted the orphan tells.
     if os.getppid() != parent_pid:
         os._exit(_ORPHAN_EXIT_CODE)
+
+
+def hide_memory() -> None:
+    """Let no process of this user look into this one, or write into it: not by ptrace, not through /proc.
+
+    A process with CAP_SYS_PTRACE, such as root's, still can. Source: prctl(2), PR_SET_DUMPABLE.
+
+    Raises:
+        SandboxUnavailable: the kernel refuses.
+    """
+    _set_attribute("not dumpable", _PR_SET_DUMPABLE, 0)
+
+
+def forget_environment() -> None:
+    """Remove what the environment of this process may hold of secrets; time zone and language stay."""
+    for name in list(os.environ):
+        if name not in _KEPT_VARIABLES:
+            del os.environ[name]
 
 
 def set_limits(stack_size_bytes: int) -> None:

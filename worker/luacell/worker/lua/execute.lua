@@ -9,8 +9,9 @@ local bit = require("bit")
 
 local cast, copy, fill, C = ffi.cast, ffi.copy, ffi.fill, ffi.C
 local band, rshift = bit.band, bit.rshift
-local xpcall, pcall, type, tostring, tonumber, rawequal, error = xpcall, pcall, type, tostring, tonumber, rawequal, error
+local xpcall, pcall, type, tostring, tonumber, error = xpcall, pcall, type, tostring, tonumber, error
 local sub, traceback, floor, stderr = string.sub, debug.traceback, math.floor, io.stderr
+local setmetatable = setmetatable
 
 ffi.cdef [[
 typedef struct {
@@ -47,7 +48,8 @@ local target -- the contract's function
 local deadline_ns = 0 -- of the running call
 local timer_ns = 0 -- when the timer fires; 0: not set
 local handled -- whether the handler saw the error: LuaJIT does not call it when memory is out
-local chosen_code, chosen_text -- by luacell.fail
+local chosen_code -- by the luacell.fail that ended the call
+local failures = setmetatable({}, { __mode = "k" }) -- code and text by what luacell.fail raises; contracts cannot alter them
 local warned = false
 
 local now = ffi.new("luacell_timespec")
@@ -95,12 +97,10 @@ local function cut(text, length)
   return sub(text, 1, length - #TRUNCATED) .. TRUNCATED
 end
 
-local failure = {} -- what luacell.fail raises; its code and text are kept outside, where contracts cannot alter them
-
 local function described(value)
-  if rawequal(value, failure) then return chosen_text end
   local kind = type(value)
   if kind == "string" then return value end
+  if kind == "table" and failures[value] then return failures[value].text end
   if kind == "number" or kind == "boolean" or kind == "nil" then return tostring(value) end
   local fine, text = pcall(tostring, value)
   if fine and type(text) == "string" then return text end
@@ -110,8 +110,11 @@ end
 -- The traceback is made apart from the text: what stands behind a zero byte would be lost to it.
 local function handler(value)
   handled = true
-  if rawequal(value, failure) then return chosen_text end
-  chosen_code = nil -- an earlier luacell.fail was caught by the contract
+  local failure = type(value) == "table" and failures[value]
+  if failure then
+    chosen_code = failure.code
+    return failure.text
+  end
   local text = "Lua exception: " .. cut(described(value), MESSAGE_MAX)
   return cut(text .. traceback("", 2), ERROR_TEXT_MAX)
 end
@@ -121,8 +124,8 @@ local function fail(code, message)
       (code >= CONTRACT_CODE_MIN and code <= CODE_MAX)) then
     error("luacell.fail: code " .. described(code) .. " is neither in 1..9 nor from 1024 on", 2)
   end
-  chosen_code = code
-  chosen_text = cut(message == nil and "" or described(message), ERROR_TEXT_MAX)
+  local failure = {}
+  failures[failure] = { code = code, text = cut(message == nil and "" or described(message), ERROR_TEXT_MAX) }
   error(failure, 0)
 end
 

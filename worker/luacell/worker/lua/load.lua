@@ -36,10 +36,13 @@ end
 
 -- `function … end` is an expression, `return function … end` a statement: the first form is tried first. When neither
 -- parses, the second form's message is the one that fits a whole file. Parentheses keep an expression that is a call
--- from being a tail call, which would cost its errors their line.
+-- from being a tail call, which would cost its errors their line; the text must be an expression without them as well.
+-- What editors and shells put before a file's first line is no part of it, as for Lua's own loadfile.
 local function compiled(source, chunk_name)
-  local chunk = load("return (" .. source .. "\n)", chunk_name, "t") or load("return " .. source, chunk_name, "t")
-  if chunk then return chunk end
+  source = gsub(source, "^\239\187\191", "")
+  source = gsub(source, "^#[^\n]*", "")
+  local plain = load("return " .. source, chunk_name, "t")
+  if plain then return load("return (" .. source .. "\n)", chunk_name, "t") or plain end
   return load(source, chunk_name, "t")
 end
 

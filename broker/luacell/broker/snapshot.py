@@ -1,0 +1,67 @@
+"""What a broker tells people of its state: counts, workers, the pools that serve contracts, memory, deaths.
+
+It looks and changes nothing. Lists are bounded, as messages are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Final
+
+from luacell.broker.books import Books
+from luacell.broker.dispatcher import Dispatcher
+from luacell.broker.model import Contract, WorkerState
+
+POOLS_MAX: Final = 200  # contracts shown; those with most to do come first
+
+
+def snapshot(dispatcher: Dispatcher, books: Books) -> dict[str, Any]:
+    """Return counts and states: workers, pools, calls, slots, memory, deaths by cause."""
+    force, serving = dispatcher.workforce, dispatcher.catalogue.serving
+    kept = sum(call.answered for session in dispatcher.sessions.values() for call in session.calls.values())
+    return {
+        "state": "draining" if dispatcher.is_draining else "serving",
+        "hosts": len(dispatcher.sessions),
+        "contracts": sum(contract.owner is None for contract in serving.values()),
+        "has_worker_host": force.has_host,
+        "workers": [
+            {
+                "id": worker.id,
+                "pid": worker.pid,
+                "state": worker.state.value,
+                "contract": worker.contract.record.title if worker.contract else None,
+                "served": worker.served,
+            }
+            for worker in force.by_id.values()
+        ],
+        "spares": len(force.blank),
+        "pools": _pools(list(serving.values())),
+        "queued": sum(len(contract.queue) for contract in serving.values()),
+        "slots_in_flight": books.slots_in_flight,
+        "slots": {"free": len(books.slots) - books.slots_in_flight, "held": books.slots_in_flight - kept, "kept": kept},
+        "memory_bytes": books.total_bytes,
+        "answered": dispatcher.answered_count,
+        "deaths": dict(force.deaths),
+        "posture": {"level": "default", "layers": force.posture.split(", ") if force.posture else []},
+    }
+
+
+def _pools(contracts: list[Contract]) -> list[dict[str, Any]]:
+    """Return how the contracts are served that have a worker, or wait for one."""
+    busy = [contract for contract in contracts if contract.workers or contract.queue.count]
+    busy.sort(key=lambda contract: (-contract.queue.count, -len(contract.workers), contract.record.id))
+    return [_pool(contract) for contract in busy[:POOLS_MAX]]
+
+
+def _pool(contract: Contract) -> dict[str, Any]:
+    states = Counter(worker.state for worker in contract.workers)
+    return {
+        "contract": contract.record.title,
+        "workers_max": contract.workers_max,
+        "idle": states[WorkerState.IDLE],
+        "busy": states[WorkerState.BUSY],
+        "loading": states[WorkerState.LOADING],
+        "ahead": sum(len(worker.ahead) for worker in contract.workers),
+        "queued": contract.queue.count,
+        "window": contract.window,
+    }
