@@ -31,6 +31,7 @@ from luacell.broker.model import (
     ENDED,
     HELD,
     IDLE,
+    LEAVING,
     LOADING,
     QUEUED,
     STARTING,
@@ -48,7 +49,7 @@ from luacell.broker.model import (
 )
 from luacell.broker.registry import Registry
 from luacell.broker.timers import BUCKET_NS, TimerWheel
-from luacell.broker.workforce import Workforce
+from luacell.broker.workforce import HOST_LEAVES, Workforce
 from luacell.protocol import headers
 from luacell.protocol.errors import AbiErrorCode, Began
 from luacell.protocol.limits import (
@@ -312,6 +313,8 @@ class Dispatcher:
             self._dismiss(worker, "its VM must not be used again", now_ns, effects)
         elif call.contract.retired:
             self._dismiss(worker, "its contract was replaced or unregistered", now_ns, effects)
+        elif worker.state is LEAVING:
+            self._dismiss(worker, HOST_LEAVES, now_ns, effects)
         else:
             self._employ(worker, now_ns, effects)
         return effects
@@ -339,6 +342,14 @@ class Dispatcher:
         elif was_loading:  # it may have been killed from outside: try once more
             contract.died_loading = True
         self.catalogue.staff(contract, now_ns, effects)
+        return effects
+
+    def worker_host_leaves(self, now_ns: int) -> list[Effect]:
+        """The worker host is to end: its workers get no more calls, and go as soon as they hold none."""
+        effects: list[Effect] = []
+        for worker in self.workforce.host_leaves(now_ns, effects):
+            if worker.contract is not None:
+                self.catalogue.staff(worker.contract, now_ns, effects)
         return effects
 
     def worker_host_left(self, now_ns: int) -> list[Effect]:
