@@ -84,6 +84,7 @@ class LineWriter:
         self._descriptor = descriptor
         self._socket: socket.socket | None = None
         self._is_torn = False
+        self._is_own = False
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISSOCK(mode):
             self._socket = socket.socket(fileno=os.dup(descriptor))
@@ -91,6 +92,7 @@ class LineWriter:
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
             with contextlib.suppress(OSError):  # no /proc, or another user's terminal: then it may have to wait
                 self._descriptor = os.open(f"/proc/self/fd/{descriptor}", flags)
+                self._is_own = True
 
     def write(self, line: str) -> bool:
         """Write one line; tell whether it could be done."""
@@ -106,6 +108,13 @@ class LineWriter:
             return False
         self._is_torn = written < len(data)
         return not self._is_torn
+
+    def close(self) -> None:
+        """Close what was opened."""
+        if self._socket is not None:
+            self._socket.close()
+        elif self._is_own:
+            os.close(self._descriptor)
 
 
 class DirectHandler(logging.Handler):
@@ -128,6 +137,11 @@ class DirectHandler(logging.Handler):
             self._dropped = 0
         if self._dropped or not self._writer.write(self.format(record)):
             self._dropped += 1
+
+    def close(self) -> None:
+        """Write no more."""
+        self._writer.close()
+        super().close()
 
 
 class QueuedHandler(logging.Handler):

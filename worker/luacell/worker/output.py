@@ -81,6 +81,10 @@ class Printer:
         self.tail = b""
         self.cut = 0
 
+    def may_hurry(self, now_ns: int) -> bool:
+        """Whether its output is to be read as fast as it comes; what is not read in time the kernel refuses."""
+        return self.haste.level(now_ns) >= READ_SIZE
+
 
 @dataclass(slots=True, eq=False)
 class Stream:
@@ -134,7 +138,7 @@ class Outputs:
         """Do what is due, within the bounds of a turn."""
         for descriptor, _ in self._epoll.poll(0, READS_PER_TURN):
             stream = self._streams[descriptor]
-            self._schedule(stream, now_ns + (GATHER_NS if stream.printer.rate.level(now_ns) else REST_NS))
+            self._schedule(stream, now_ns + (GATHER_NS if stream.printer.may_hurry(now_ns) else REST_NS))
         for _ in range(READS_PER_TURN):
             if not self._due or self._due[0][0] > now_ns:
                 return
@@ -172,11 +176,8 @@ class Outputs:
         if size < READ_SIZE:
             self._tell_cut(stream.printer, stream.name)
             self._epoll.modify(stream.descriptor, select.EPOLLIN | select.EPOLLONESHOT)
-            return
-        haste = stream.printer.haste
-        may_hurry = haste.level(now_ns) >= size
-        haste.take(size)
-        self._schedule(stream, now_ns if may_hurry else now_ns + REST_NS)
+        else:
+            self._schedule(stream, now_ns if stream.printer.may_hurry(now_ns) else now_ns + REST_NS)
 
     def _take(self, stream: Stream, now_ns: int) -> int:
         """Read what a pipe holds and pass it on; return its bytes, 0 for none."""
@@ -188,6 +189,7 @@ class Outputs:
             self._close(stream)
             return 0
         printer = stream.printer
+        printer.haste.take(len(data))
         if stream.name == "stderr":
             printer.tail = (printer.tail + data[-STDERR_TAIL_MAX:])[-STDERR_TAIL_MAX:]
         size = min(len(data), printer.rate.level(now_ns), self._rate.level(now_ns))
