@@ -98,6 +98,7 @@ class Serving:
                 self.process.kill()
                 self.process.wait()
         if not self._errors.closed:
+            self.history = self.records()
             self._errors.seek(0)
             self.errors = self._errors.read().decode(errors="replace")
             self._errors.close()
