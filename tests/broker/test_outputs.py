@@ -42,12 +42,14 @@ def test_cuts_of_the_worker_host_count_as_well() -> None:
     assert budget.take(0, 0, 0, NOW_NS) == Kept(0, 0)
 
 
-def test_a_death_tells_the_rest() -> None:
+def test_the_rest_can_be_told_at_any_time() -> None:
     budget = OutputBudget()
     budget.take(0, 0, 5, NOW_NS)
     budget.take(0, 0, 6, NOW_NS)
-    assert budget.rest(NOW_NS) == 6
-    assert budget.rest(NOW_NS) == 0
+    assert budget.has_untold
+    assert budget.tell(NOW_NS) == 6
+    assert not budget.has_untold
+    assert budget.tell(NOW_NS) == 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 50_000), st.integers(0, 50_000)), max_size=40))
@@ -58,6 +60,6 @@ def test_every_byte_is_kept_or_told(pieces: list[tuple[int, int, int]]) -> None:
         decided = budget.take(served, size, cut, NOW_NS + index * CUT_EVERY_NS // 3)
         kept += decided.size
         told += decided.cut
-    told += budget.rest(NOW_NS)
+    told += budget.tell(NOW_NS)
     assert kept + told == sum(size + cut for _, size, cut in pieces)
     assert kept <= (served + 1) * OUTPUT_PER_CALL_MAX

@@ -375,7 +375,7 @@ def test_orphans_are_reaped(serving: Serving) -> None:
             processes.worker_host.kill()
             assert all(worker.ends_within() for worker in workers)
             pids = [worker.pid for worker in workers]
-            settles(lambda: [pid for pid in pids if status_of(pid) is not None], [], "nobody is left as a zombie")
+            eventually(lambda: all(status_of(pid) is None for pid in pids), "nobody is left as a zombie")
             assert zombies_of([processes.parent.pid]) == []
         eventually(lambda: healthy_again_at(bridge, "host.probe0@1"), "the service goes on")
 

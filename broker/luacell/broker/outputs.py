@@ -55,15 +55,19 @@ class OutputBudget:
         kept = min(size, self._left)
         self._left -= kept
         self._cut += cut + size - kept
-        if not kept and (not self._cut or now_ns - self._told_ns < CUT_EVERY_NS):
-            return Kept(0, 0)
-        return Kept(kept, self._tell(now_ns))
+        return Kept(kept, self.tell(now_ns) if kept or self.is_due(now_ns) else 0)
 
-    def rest(self, now_ns: int) -> int:
-        """Return what was cut and not told yet; the worker is dead."""
-        return self._tell(now_ns)
+    @property
+    def has_untold(self) -> bool:
+        """Whether something was cut that no record has told of."""
+        return self._cut > 0
 
-    def _tell(self, now_ns: int) -> int:
+    def is_due(self, now_ns: int) -> bool:
+        """Whether a record may tell of cuts alone."""
+        return now_ns - self._told_ns >= CUT_EVERY_NS
+
+    def tell(self, now_ns: int) -> int:
+        """Return what was cut and not told yet, to be told now."""
         cut, self._cut = self._cut, 0
         if cut:
             self._told_ns = now_ns

@@ -47,6 +47,7 @@ class WorkerLink:
     closed_ns: int = 0  # when the socketpair was found closed
     died_ns: int = 0  # when the pidfd reported its death, while the cause is awaited
     output: OutputBudget = field(default_factory=OutputBudget)
+    stream: str = "stdout"  # where its last output came from
     last_words: str = ""  # the end of its stderr, when it is dead
 
 
@@ -78,11 +79,12 @@ class Workers:
         self._ready_early: set[Worker] = set()
         self._closing: dict[int, WorkerLink] = {}
         self._dying: dict[int, WorkerLink] = {}
+        self._untold: dict[int, WorkerLink] = {}  # whose output was cut, which no record has told yet
 
     @property
     def awaits(self) -> bool:
         """Whether something is to be looked at again soon."""
-        return bool(self._dying or self._closing)
+        return bool(self._dying or self._closing or self._untold)
 
     def time_passed(self, now_ns: int) -> None:
         """Give up waiting for a death that was announced, or for the cause of one."""
@@ -91,6 +93,8 @@ class Workers:
             self.lost(link.worker)
         for link in [link for link in self._dying.values() if now_ns - link.died_ns >= CAUSE_WAIT_NS]:
             self._died(link.worker, UNKNOWN)
+        for link in [link for link in self._untold.values() if link.output.is_due(now_ns)]:
+            self._tell_output(link, "", link.output.tell(now_ns))
 
     def lost(self, worker: Worker) -> None:
         """A worker cannot be trusted or reached any more: it must die."""
@@ -177,10 +181,19 @@ class Workers:
         if output.stream == "tail":
             link.last_words = output.data.decode("utf-8", "replace")
             return
+        link.stream = output.stream
         kept = link.output.take(link.worker.served, len(output.data), output.cut, time.monotonic_ns())
         if kept.is_worth_a_record:
-            text = output.data[: kept.size].decode("utf-8", "replace")
-            _write_output(link.worker, kept.cut, stream=output.stream, text=text)
+            self._tell_output(link, output.data[: kept.size].decode("utf-8", "replace"), kept.cut)
+        elif link.output.has_untold:
+            self._untold[link.worker.id] = link
+
+    def _tell_output(self, link: WorkerLink, text: str, cut: int) -> None:
+        self._untold.pop(link.worker.id, None)
+        worker = link.worker
+        title = worker.contract.record.title if worker.contract else None
+        fields = {"contract": title, "worker": worker.id, "stream": link.stream, "text": text}
+        log.info("contract output", extra={"fields": fields | ({"cut": cut} if cut else {})})
 
     def _on_started(self, started: messages.Started, pidfd: int, channel_fd: int) -> None:
         channel = socket.socket(fileno=channel_fd)
@@ -286,9 +299,8 @@ class Workers:
         link = self._links.pop(worker.id, None)
         if link is not None:
             cause = replace(cause, last_words=link.last_words)
-            cut = link.output.rest(now_ns)
-            if cut:
-                _write_output(worker, cut)
+            if link.output.has_untold:
+                self._tell_output(link, "", link.output.tell(now_ns))
         self._perform(self._dispatcher.worker_died(worker, cause, now_ns))
         if link is not None:
             self._close(link)
@@ -305,9 +317,3 @@ def _is_at_end(channel: socket.socket) -> bool:
     poll = select.poll()
     poll.register(channel, select.POLLRDHUP)
     return bool(poll.poll(0))
-
-
-def _write_output(worker: Worker, cut: int, **fields: object) -> None:
-    title = worker.contract.record.title if worker.contract else None
-    told = {"contract": title, "worker": worker.id, **fields} | ({"cut": cut} if cut else {})
-    log.info("contract output", extra={"fields": told})
