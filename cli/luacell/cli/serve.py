@@ -293,11 +293,6 @@ class Parent:
             remove_run_directory(self._options.run_dir)
 
 
-def run(run_dir: Path, spares: int, log_level: str) -> int:
-    """Serve in the foreground, as `luacell serve` does; return the exit code."""
-    return main(["--run-dir", str(run_dir), "--spares", str(spares), "--log-level", log_level])
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Serve, in the foreground or as the embedded default; return the exit code."""
     options = _parse(arguments)
