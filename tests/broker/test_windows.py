@@ -10,6 +10,7 @@ from luacell.broker.model import (
     DOOMED,
     HELD,
     IDLE,
+    LEAVING,
     QUEUED,
     WINDOW_FIRST,
     WINDOW_FIRST_OF_MANY,
@@ -413,3 +414,21 @@ def test_nothing_is_handed_ahead_of_a_replaced_contract(bench: Bench, worker: Wo
         bench.done(call)
         assert bench.result.call is call
     assert worker.state is DOOMED, "they have ended where they were"
+
+
+# -- a worker host that leaves ----------------------------------------------------------------------------------
+def test_a_worker_whose_host_leaves_finishes_what_it_holds_and_gets_nothing_more(bench: Bench, worker: Worker) -> None:
+    running, ahead = bench.call(), bench.call()
+    bench.workforce.host_leaves(bench.now_ns, [])
+    late = bench.call()
+    assert late.state is QUEUED
+    bench.done(running)
+    assert worker.state is LEAVING
+    finished_silently(bench, ahead)
+    bench.pass_ms(SLOW_MS + 5)
+    assert (bench.result.call, bench.result.slot_free) == (ahead, False)
+    assert worker.state is LEAVING
+    bench.done(ahead)
+    assert worker.state is DOOMED
+    bench.join_worker_host()
+    assert bench.load_next().call is late

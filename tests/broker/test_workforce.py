@@ -2,10 +2,22 @@ import pytest
 
 from luacell.broker import workforce as workforce_module
 from luacell.broker.causes import Cause
-from luacell.broker.model import BLANK, DOOMED, LOADING, STARTING, KillWorker, LoadWorker, Record, StartWorker
+from luacell.broker.model import (
+    BLANK,
+    DOOMED,
+    LEAVING,
+    LOADING,
+    STARTING,
+    KillWorker,
+    LoadWorker,
+    Record,
+    SendCall,
+    SendReply,
+    StartWorker,
+)
 from luacell.broker.workforce import BACKOFF_MAX_NS, STARTS_AT_ONCE_MAX, backoff_ns
 from luacell.protocol.limits import NS_PER_MS, WORKERS_MAX
-from tests.broker.bench import CONTRACT, KILLED, Bench, of_kind
+from tests.broker.bench import CONTRACT, KILLED, SEGFAULT, Bench, of_kind
 
 NOT_STARTED = Cause(problem="a worker could not be started: Cannot allocate memory")
 
@@ -273,3 +285,80 @@ def test_calls_that_wait_when_the_worker_host_goes_get_a_worker_of_the_next_one(
     bench.join_worker_host()
     bench.load_next()
     assert bench.sent.call is waiting
+
+
+def test_a_worker_host_that_leaves_has_its_free_workers_killed_and_starts_none() -> None:
+    bench = Bench(spares=2)
+    idle = bench.serve()
+    blank = bench.ready()
+    starting = bench.worker()
+    assert (blank.state, starting.state) == (BLANK, STARTING)
+    bench.effects = bench.dispatcher.worker_host_leaves(bench.now_ns)
+    assert {effect.worker for effect in of_kind(bench.effects, KillWorker)} == {idle, blank, starting}
+    assert idle.verdict == "its worker host is to end"
+    assert not bench.has(StartWorker)
+    bench.pass_ms(10_000)
+    assert not bench.has(StartWorker)
+
+
+def test_a_contract_that_loads_as_its_worker_host_leaves_loads_at_the_next_one() -> None:
+    bench = Bench(spares=0)
+    request = bench.register()
+    worker = bench.ready()
+    assert worker.state is LOADING
+    bench.effects = bench.dispatcher.worker_host_leaves(bench.now_ns)
+    assert bench.only(KillWorker).worker is worker
+    bench.die(worker, KILLED)
+    bench.effects = bench.dispatcher.worker_host_left(bench.now_ns)
+    bench.join_worker_host()
+    bench.load_next()
+    assert bench.only(SendReply).request == request
+    assert bench.only(SendReply).kind == ""
+
+
+def test_a_busy_worker_ends_its_call_when_its_worker_host_leaves() -> None:
+    bench = Bench(spares=0)
+    worker = bench.serve()
+    running, waiting = bench.call(), bench.call()
+    bench.effects = bench.dispatcher.worker_host_leaves(bench.now_ns)
+    assert not bench.effects
+    assert worker.state is LEAVING
+    assert bench.dispatcher.worker_host_leaves(bench.now_ns) == [], "twice is once"
+    bench.done(running)
+    assert bench.result.call is running
+    assert bench.only(KillWorker).worker is worker
+    assert not bench.has(SendCall)
+    bench.die(worker, KILLED)
+    bench.effects = bench.dispatcher.worker_host_left(bench.now_ns)
+    bench.join_worker_host()
+    bench.load_next()
+    assert bench.sent.call is waiting
+
+
+def test_a_leaving_worker_ends_its_call_when_its_contract_is_unregistered_as_well() -> None:
+    bench = Bench(spares=0)
+    worker = bench.serve()
+    running = bench.call()
+    bench.effects = bench.dispatcher.worker_host_leaves(bench.now_ns)
+    bench.unregister()
+    assert not bench.has(KillWorker)
+    bench.done(running)
+    assert bench.only(KillWorker).worker is worker
+
+
+def test_a_worker_that_dies_leaving_is_answered_for_as_any_other() -> None:
+    bench = Bench(spares=0)
+    worker = bench.serve()
+    running = bench.call()
+    bench.begin(running)
+    bench.effects = bench.dispatcher.worker_host_leaves(bench.now_ns)
+    bench.die(worker, SEGFAULT)
+    assert bench.failure.signal == 11
+    assert bench.only(Record).level == "warning", "nobody had ordered it"
+
+
+def test_a_death_record_has_the_last_words() -> None:
+    bench = Bench(spares=0)
+    worker = bench.serve()
+    bench.die(worker, Cause(signal=6, last_words="PANIC"))
+    assert bench.only(Record).fields["stderr"] == "PANIC"

@@ -229,6 +229,43 @@ def test_c44_closing_all_descriptors_harms_nobody_else(bridge: LuaHostBridge, co
         assert serves(bridge)
 
 
+def test_c44_closing_its_output_harms_only_what_it_prints(bridge: LuaHostBridge, contract: Thrower) -> None:
+    contract("ffi.C.close(1) ffi.C.close(2) print('into nothing') io.stderr:write('x')", "int close(int);")
+    assert returned(bridge, 0) == []
+    assert serves(bridge)
+    with closing(worker_of(bridge, PROBE)) as worker:
+        assert worker.is_alive
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param("for _ = 1, 20000 do print(('x'):rep(99)) end", id="C46-print"),
+        pytest.param("io.write(('x'):rep(2e6))", id="C46-io.write"),
+        pytest.param("io.stderr:write(('x'):rep(2e6))", id="C47-stderr"),
+        pytest.param("local s = ('x'):rep(2e6) for _ = 1, 5 do ffi.C.write(1, s, #s) end", id="C46-write"),
+        pytest.param("local s = ('x'):rep(2e6) for _ = 1, 5 do ffi.C.write(2, s, #s) end", id="C47-write"),
+    ],
+)
+def test_c46_c47_floods_of_output_are_cut_and_the_call_returns(
+    bridge: LuaHostBridge, contract: Thrower, body: str
+) -> None:
+    contract(body, "long write(int, const char *, size_t);")
+    for _ in range(5):
+        assert returned(bridge, 0) == []
+        assert serves(bridge)
+    with closing(worker_of(bridge, PROBE)) as worker:
+        assert worker.is_alive
+
+
+def test_c46_c47_endless_flood_is_late_as_any_other_loop(bridge: LuaHostBridge, contract: Thrower) -> None:
+    contract(
+        "local s = ('x'):rep(65536) while true do ffi.C.write(1, s, #s) ffi.C.write(2, s, #s) end",
+        "long write(int, const char *, size_t);",
+    )
+    late(bridge)
+
+
 def test_c45_answer_before_a_crash_arrives(bridge: LuaHostBridge, contract: Thrower) -> None:
     contract("ffi.cast('int *', 0)[0] = 1")
     with ThreadPoolExecutor(2) as pool:

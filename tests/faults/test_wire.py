@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 def test_z24_second_broker_refuses_to_start(bridge: LuaHostBridge) -> None:
     directory = run_directory(broker_pid(bridge))
     ended = run_broker(directory)
-    assert ended.returncode == 1
+    assert ended.returncode == 78
     assert directory in ended.stderr
     with LuaHostBridge.connect(directory) as another:
         assert answers(another, HEALTHY)
@@ -51,7 +51,7 @@ def test_z25_unfit_run_directory_is_named(tmp_path: Path, name: str, mode: int, 
     path.mkdir()
     path.chmod(mode)
     ended = run_broker(path)
-    assert ended.returncode == 1
+    assert ended.returncode == 78
     assert str(path) in ended.stderr
     assert reason in ended.stderr
 

@@ -188,6 +188,7 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
     },
     Op.START: {"a worker": messages.Start(worker=3, routing_id=_ROUTING_ID)},
     Op.KILL: {"a worker": messages.Kill(worker=3)},
+    Op.END: {"the broker ends": messages.End()},
     Op.STARTED: {
         "with a pidfd and a socketpair's end": messages.Started(worker=3, pid=4322),
     },
@@ -195,6 +196,12 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
         "killed": messages.Exited(worker=3, signal=9),
         "exited": messages.Exited(worker=4, exit_code=0),
         "not started": messages.Exited(worker=5, problem="a worker could not be started: no memory"),
+    },
+    Op.LEAVING: {"a worker host is to end": messages.Leaving()},
+    Op.OUTPUT: {
+        "a line": messages.Output(worker=3, stream="stdout", data=b"hello\n"),
+        "the end of a flood": messages.Output(worker=3, stream="stderr", data=b"", cut=1 << 33),
+        "last words, which are no UTF-8": messages.Output(worker=3, stream="tail", data=b"PANIC: \xff\n"),
     },
 }
 

@@ -59,8 +59,11 @@ OPERATIONS = {
     "DONE": 98,
     "START": 128,
     "KILL": 129,
+    "END": 130,
     "STARTED": 160,
     "EXITED": 161,
+    "LEAVING": 162,
+    "OUTPUT": 163,
 }
 
 

@@ -29,8 +29,11 @@ OVER_DESCRIPTOR_CHANNEL = (
     Op.MAP,
     Op.START,
     Op.KILL,
+    Op.END,
     Op.STARTED,
     Op.EXITED,
+    Op.LEAVING,
+    Op.OUTPUT,
 )
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from tests.support.waiting import LIMIT_S, readable
+from luacell.client import LuaHostBridge
+from tests.support.processes import Processes
+from tests.support.waiting import LIMIT_S, eventually, readable
 
 PYTHON = (sys.executable, "-P")
 
@@ -18,25 +23,36 @@ PYTHON = (sys.executable, "-P")
 class Serving:
     """`serve` on a run directory, ready to be connected to; stopped at the end of the block."""
 
-    def __init__(self, run_directory: Path) -> None:
+    def __init__(
+        self,
+        run_directory: Path,
+        *options: str,
+        log_level: str = "error",
+        environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        stderr: int | None = None,
+    ) -> None:
         self.run_directory = run_directory
         # A file: a pipe that nobody reads would stop it one day.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         ready, report = os.pipe()
         command = [
+            *prefix,
             *PYTHON,
             "-m",
             "luacell.cli.serve",
             "--run-dir",
             str(run_directory),
             "--log-level",
-            "error",
+            log_level,
+            *options,
         ]
         try:
             self.process = subprocess.Popen(
                 [*command, "--ready-fd", str(report)],
                 stdin=subprocess.DEVNULL,
-                stderr=self._errors,
+                stderr=self._errors if stderr is None else stderr,
+                env={**os.environ, **(environment or {})},
                 pass_fds=[report],
                 start_new_session=True,
             )
@@ -48,6 +64,30 @@ class Serving:
             self.stop()
             raise AssertionError(f"serve did not start: {self.errors}")
 
+    def records(self, event: str | None = None, **fields: object) -> list[dict[str, Any]]:
+        """Return the log records there are, of one event or all, that have these fields."""
+        size = os.fstat(self._errors.fileno()).st_size
+        lines = os.pread(self._errors.fileno(), size, 0).decode(errors="replace").split("\n")[:-1]
+        found = [json.loads(line) for line in lines if line.startswith("{")]
+        return [
+            record
+            for record in found
+            if event in (None, record["event"]) and all(record.get(key) == value for key, value in fields.items())
+        ]
+
+    def record(self, event: str, **fields: object) -> dict[str, Any]:
+        """Wait for a record."""
+
+        def look() -> dict[str, Any] | None:
+            return next(iter(self.records(event, **fields)), None)
+
+        return eventually(look, f"there is a record {event!r} with {fields}")
+
+    def processes(self) -> Processes:
+        """Find the processes of the service as they are now."""
+        with LuaHostBridge.connect(self.run_directory) as bridge:
+            return eventually(lambda: _complete(bridge), "the service is complete")
+
     def stop(self) -> None:
         """End it, by force where asking is not enough."""
         if self.process.poll() is None:
@@ -58,6 +98,7 @@ class Serving:
                 self.process.kill()
                 self.process.wait()
         if not self._errors.closed:
+            self.history = self.records()
             self._errors.seek(0)
             self.errors = self._errors.read().decode(errors="replace")
             self._errors.close()
@@ -69,6 +110,12 @@ class Serving:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _complete(bridge: LuaHostBridge) -> Processes | None:
+    with suppress(ValueError, AssertionError, ProcessLookupError):  # one of them is being started
+        return Processes.of(bridge)
+    return None
 
 
 def run_broker(run_directory: Path | str) -> subprocess.CompletedProcess[str]:

@@ -556,7 +556,7 @@ def test_run_directory_that_is_not_safe_is_refused_by_name(
     path = tmp_path / "run"
     prepare(path)
     ended = run_broker(path)
-    assert ended.returncode == 1
+    assert ended.returncode == 78
     assert str(path) in ended.stderr
     assert reason in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -565,7 +565,7 @@ def test_run_directory_that_is_not_safe_is_refused_by_name(
 def test_path_that_is_too_long_for_a_socket_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 100)
     ended = run_broker(path)
-    assert ended.returncode == 1
+    assert ended.returncode == 78
     assert "107" in ended.stderr
     assert str(path) in ended.stderr
     assert not path.exists()
@@ -573,7 +573,7 @@ def test_path_that_is_too_long_for_a_socket_is_refused_by_name(tmp_path: Path) -
 
 def test_second_broker_on_a_run_directory_refuses_and_the_first_goes_on(healthy: LuaHostBridge, directory: str) -> None:
     ended = run_broker(directory)
-    assert ended.returncode == 1
+    assert ended.returncode == 78
     assert f"another broker serves {directory}" in ended.stderr
     assert can_connect(directory)
 

@@ -1,43 +1,55 @@
 """The broker process: `python -m luacell.broker --run-dir DIR`.
 
 Takes the run directory, serves until SIGTERM or SIGINT, and cleans up. With `--parent` it also ends when that process
-does. It reports on the descriptor `--ready-fd` when its sockets are bound.
+does. It reports on the descriptor `--ready-fd` when its sockets are bound. Exit codes: 0 ended as told, 78 (EX_CONFIG)
+refused to start, which another attempt would not change.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import gc
+import logging
 import os
 import resource
 import select
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from luacell.broker.records import make_formatter
 from luacell.broker.rundir import RunDirectory, RunDirectoryError
 from luacell.broker.server import Server
 from luacell.broker.signals import SignalPipe
 from luacell.protocol.limits import SPARES_MAX
-from luacell.protocol.logs import configure_logging
+from luacell.protocol.logs import configure_queued_logging
 
 # A call leaves no cycles behind; looking for some every few calls costs more than the calls' own objects.
 GC_THRESHOLDS: Final = (50_000, 20, 50)
+EXIT_REFUSED: Final = 78
+LOCK_WAIT_S: Final = 0.5  # a broker that was killed, or whose parent was, gives its lock back within this
+CLOSE_LIMIT_S: Final = 1.0
+TRACEBACK_AT_S: Final = 0.8  # before that limit, if somebody reads stderr
+
+log = logging.getLogger("luacell.broker")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a broker; return its exit code."""
     options = _parse(arguments)
-    configure_logging(options.log_level)
+    faulthandler.enable()
+    records = configure_queued_logging(options.log_level, make_formatter)
     _raise_descriptor_limit()
     try:
-        run_directory = RunDirectory(options.run_dir)
+        run_directory = RunDirectory(options.run_dir, LOCK_WAIT_S)
     except RunDirectoryError as error:
         print(f"luacell broker: {error}", file=sys.stderr)
-        return 1
+        return EXIT_REFUSED
     if options.parent:
         _end_with(options.parent, run_directory, options.ephemeral)
     signals = SignalPipe((signal.SIGTERM, signal.SIGINT))
@@ -47,14 +59,32 @@ def main(arguments: list[str] | None = None) -> int:
     if options.ready_fd is not None:
         os.write(options.ready_fd, b"1")
         os.close(options.ready_fd)
+    log.info("broker started", extra={"fields": {"pid": os.getpid(), "run_dir": str(options.run_dir)}})
     try:
         server.run(signals)
     finally:
-        try:
-            server.close()
-        finally:
-            run_directory.close(remove=options.ephemeral)
+        log.info("broker stopping")
+        with _closing_limit():
+            try:
+                server.close()
+            finally:
+                run_directory.close(remove=options.ephemeral)
+            records.close()
     return 0
+
+
+@contextlib.contextmanager
+def _closing_limit() -> Iterator[None]:
+    """End this process if closing hangs, with a traceback where that can be written.
+
+    The kernel's timer has the last word: a traceback may wait for ever for somebody to read it.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, CLOSE_LIMIT_S)
+    faulthandler.dump_traceback_later(TRACEBACK_AT_S, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

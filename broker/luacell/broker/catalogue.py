@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from luacell.broker.model import BUSY, Call, Contract, Effect, Record, Request, SendReply, Subject
+from luacell.broker.model import BUSY, LEAVING, Call, Contract, Effect, Record, Request, SendReply, Subject
 from luacell.broker.registry import ContractRecord, Registry
 from luacell.broker.timers import TimerWheel
 from luacell.broker.workforce import Workforce, backoff_ns
@@ -78,11 +78,12 @@ class Catalogue:
         contract.request = None
         del self.pending[contract.record.id]
         self._set_timer(contract, now_ns + UNCALLED_NS)
-        self._succeed(contract, now_ns, effects)
+        replaced = self._succeed(contract, now_ns, effects)
         self._registry.put(contract.record)
         self.serving[contract.record.id] = contract
         effects.append(SendReply(request))
-        effects.append(Record("info", "contract registered", {"contract": contract.record.title}))
+        event = "contract replaced" if replaced else "contract registered"
+        effects.append(Record("info", event, {"contract": contract.record.title}))
 
     def load_failed(
         self, contract: Contract, problem: str, reason: str, now_ns: int, effects: list[Effect]
@@ -154,27 +155,29 @@ class Catalogue:
         now_ns: int,
         effects: list[Effect],
     ) -> None:
-        contract_id = contract.record.id
+        contract_id, title = contract.record.id, contract.record.title
         error: TypeMismatch | VmRegistrationFailed
         if problem == "type":
             error = TypeMismatch(contract_id, "Lua function", f"Lua {reason}")
         else:
             error = VmRegistrationFailed(contract_id, reason)
         effects.append(SendReply(request, type(error).__name__, AbiErrorCode.GENERIC, reason))
+        effects.append(Record("warning", "contract not registered", {"contract": title, "reason": reason}))
         contract.request = None
         del self.pending[contract_id]
         self._retire(contract, now_ns, effects)
 
-    def _succeed(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
-        """Take over from the contract that is replaced, its queue included."""
+    def _succeed(self, contract: Contract, now_ns: int, effects: list[Effect]) -> bool:
+        """Take over from the contract that is replaced, its queue included; tell whether there is one."""
         predecessor = contract.successor_of
         contract.successor_of = None
         if predecessor is None or predecessor.retired:
-            return
+            return False
         for call in predecessor.queue:
             call.contract = contract
         contract.queue, predecessor.queue = predecessor.queue, contract.queue
         self._retire(predecessor, now_ns, effects)
+        return True
 
     def _retire(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
         """Let workers go: at once where they hold no call, else when it has ended."""
@@ -184,7 +187,7 @@ class Catalogue:
             self._wheel.cancel(contract.timer, contract)
             contract.timer = None
         for worker in list(contract.workers):
-            if worker.state is not BUSY:
+            if worker.state not in (BUSY, LEAVING):
                 self._workforce.doom(worker, "its contract is no longer served", now_ns, effects)
 
     def _set_timer(self, contract: Contract, when_ns: int) -> None:

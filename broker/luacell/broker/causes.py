@@ -17,11 +17,13 @@ class Cause:
         signal: number of the signal that ended it, or None.
         exit_code: its exit code where it exited, or None.
         problem: why it could not be started, or "".
+        last_words: the end of its stderr, for the record of its death alone.
     """
 
     signal: int | None = None
     exit_code: int | None = None
     problem: str = ""
+    last_words: str = ""
 
     def __str__(self) -> str:
         if self.problem:

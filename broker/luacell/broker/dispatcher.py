@@ -36,6 +36,7 @@ from luacell.broker.model import (
     ENDED,
     HELD,
     IDLE,
+    LEAVING,
     LOADING,
     QUEUED,
     STARTING,
@@ -54,7 +55,7 @@ from luacell.broker.model import (
 from luacell.broker.registry import Registry
 from luacell.broker.timers import BUCKET_NS, TimerWheel
 from luacell.broker.windows import SLOW_NS, measure, room_of, worker_with_room
-from luacell.broker.workforce import Workforce
+from luacell.broker.workforce import HOST_LEAVES, Workforce
 from luacell.protocol import headers
 from luacell.protocol.errors import AbiErrorCode, Began
 from luacell.protocol.limits import (
@@ -394,6 +395,14 @@ class Dispatcher:
         self.catalogue.staff(contract, now_ns, effects)
         return effects
 
+    def worker_host_leaves(self, now_ns: int) -> list[Effect]:
+        """The worker host is to end: its workers get no more calls, and go as soon as they hold none."""
+        effects: list[Effect] = []
+        for worker in self.workforce.host_leaves(now_ns, effects):
+            if worker.contract is not None:
+                self.catalogue.staff(worker.contract, now_ns, effects)
+        return effects
+
     def worker_host_left(self, now_ns: int) -> list[Effect]:
         """The worker host is gone: no worker gets another call, and calls wait for a new one."""
         effects: list[Effect] = []
@@ -503,6 +512,9 @@ class Dispatcher:
         if contract.retired:
             self._dismiss(worker, "its contract was replaced or unregistered", now_ns, effects)
             return
+        if worker.state is LEAVING:
+            self._dismiss(worker, HOST_LEAVES, now_ns, effects)
+            return
         call = contract.queue.pop()
         if call is not None:
             self._hand(worker, call, now_ns, effects)
@@ -542,9 +554,9 @@ class Dispatcher:
         worker.timer = None
         if worker.state in (STARTING, LOADING):
             self._dismiss(worker, _overdue(worker), now_ns, effects)
-        elif worker.state is BUSY and (worker.call is None or now_ns - worker.call.sent_ns >= SLOW_NS):
+        elif worker.state in (BUSY, LEAVING) and (worker.call is None or now_ns - worker.call.sent_ns >= SLOW_NS):
             self._catch_up(worker, now_ns, effects)
-        if worker.state is not BUSY:
+        if worker.state not in (BUSY, LEAVING):
             return
         silence_max_ns = max(SILENCE_MAX_NS, worker.contract.run_limit_ns if worker.contract else 0)
         if worker.call is None and now_ns - worker.silent_ns >= silence_max_ns:

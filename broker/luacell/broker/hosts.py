@@ -6,6 +6,7 @@ Calls go past it, from the server to the dispatcher.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -26,6 +27,8 @@ from luacell.protocol.headers import Op
 from luacell.protocol.memory.channel import ChannelClosed, close_all, peer_pidfd, send_message
 from luacell.protocol.messages import decode, encode, id_of
 from luacell.protocol.slots import SlotShape
+
+log = logging.getLogger("luacell.broker")
 
 
 @dataclass(slots=True, eq=False)
@@ -97,12 +100,14 @@ class Hosts:
         host = HostLink(routing_id, channel, pidfd)
         self.links[routing_id] = self._by_channel[channel] = host
         self._watcher.watch_end(pidfd, "host", routing_id)
+        log.debug("host joined", extra={"fields": {"host": routing_id.hex()}})
 
     def left(self, peer: bytes) -> None:
         """A host is gone, or must go; idempotent."""
         host = self.links.pop(peer, None)
         if host is None:
             return
+        log.debug("host left", extra={"fields": {"host": peer.hex()}})
         self._perform(self._dispatcher.host_left(peer, time.monotonic_ns()))
         self._close(host)
 

@@ -8,6 +8,7 @@ Plain state with questions about itself; all changes are made by the dispatcher 
 
     worker:  STARTING ──ready──> BLANK ──load──> LOADING ──loaded──> IDLE <──done── BUSY
              any state ──kill ordered──> DOOMED ──died──> gone                └─sent─^
+             BUSY ──its worker host leaves──> LEAVING ──done──> DOOMED
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ class WorkerState(Enum):
     LOADING = "loading"
     IDLE = "idle"
     BUSY = "busy"
+    LEAVING = "leaving"
     DOOMED = "doomed"
 
 
 # Looking a member up in its enum costs a quarter of a microsecond; the hot path reads these.
 QUEUED, HELD, ENDED = CallState
-STARTING, BLANK, LOADING, IDLE, BUSY, DOOMED = WorkerState
+STARTING, BLANK, LOADING, IDLE, BUSY, LEAVING, DOOMED = WorkerState
 
 
 @dataclass(slots=True, eq=False)

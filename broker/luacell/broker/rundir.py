@@ -10,6 +10,7 @@ import fcntl
 import os
 import socket
 import stat
+import time
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,7 @@ from luacell.protocol.memory.channel import SOCKET_PATH_MAX
 from luacell.protocol.paths import BROKER_SOCKET, DESCRIPTOR_SOCKET, LOCK_FILE
 
 _BACKLOG: Final = 256
+_LOCK_RETRY_S: Final = 0.01
 
 
 class RunDirectoryError(LuacellError):
@@ -29,18 +31,19 @@ class RunDirectory:
 
     Args:
         path: made with mode 0700 where it is missing.
+        lock_wait_s: seconds to wait for a broker that is about to be gone.
 
     Raises:
         RunDirectoryError: it is not ours alone, a socket path is too long, or another broker holds it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lock_wait_s: float = 0.0) -> None:
         self.path = path
         self.broker_socket = path / BROKER_SOCKET
         self.descriptor_socket = path / DESCRIPTOR_SOCKET
         self._check_length()
         self._make()
-        self._lock = self._take_lock()
+        self._lock = self._take_lock(lock_wait_s)
         for stale in (self.broker_socket, self.descriptor_socket):
             _unlink_socket(stale)
 
@@ -85,18 +88,22 @@ class RunDirectory:
                 f"run directory {self.path} has mode {mode:04o}, open to others; use 0700: chmod 700 {self.path}"
             )
 
-    def _take_lock(self) -> int:
+    def _take_lock(self, wait_s: float) -> int:
         path = self.path / LOCK_FILE
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise RunDirectoryError(f"cannot open {path}: {error.strerror}") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise RunDirectoryError(f"another broker serves {self.path} (it holds {path})") from None
-        return lock
+        give_up_s = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+            except OSError:
+                if time.monotonic() >= give_up_s:
+                    os.close(lock)
+                    raise RunDirectoryError(f"another broker serves {self.path} (it holds {path})") from None
+            time.sleep(_LOCK_RETRY_S)
 
 
 def remove_run_directory(path: Path) -> None:

@@ -6,12 +6,14 @@ death is the dispatcher's.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import select
 import socket
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from luacell.broker import model
@@ -19,13 +21,14 @@ from luacell.broker.books import Pair
 from luacell.broker.causes import UNKNOWN, Cause
 from luacell.broker.dispatcher import Dispatcher
 from luacell.broker.model import Effect, Worker
+from luacell.broker.outputs import OutputBudget
 from luacell.broker.store import SegmentStore
 from luacell.broker.watcher import Watcher
 from luacell.protocol import headers, messages
 from luacell.protocol.errors import ProtocolError
 from luacell.protocol.headers import Op
 from luacell.protocol.limits import NS_PER_MS
-from luacell.protocol.memory.channel import ChannelClosed, send_message
+from luacell.protocol.memory.channel import ChannelClosed, peer_pid, send_message
 from luacell.protocol.messages import decode, encode
 
 log = logging.getLogger("luacell.broker")
@@ -43,6 +46,9 @@ class WorkerLink:
     channel: socket.socket
     closed_ns: int = 0  # when the socketpair was found closed
     died_ns: int = 0  # when the pidfd reported its death, while the cause is awaited
+    output: OutputBudget = field(default_factory=OutputBudget)
+    stream: str = "stdout"  # where its last output came from
+    last_words: str = ""  # the end of its stderr, when it is dead
 
 
 class Workers:
@@ -71,15 +77,17 @@ class Workers:
         self._perform = perform
         self._on_answers = on_answers
         self._host: socket.socket | None = None
+        self._host_leaves = False
         self._links: dict[int, WorkerLink] = {}
         self._ready_early: set[Worker] = set()
         self._closing: dict[int, WorkerLink] = {}
         self._dying: dict[int, WorkerLink] = {}
+        self._untold: dict[int, WorkerLink] = {}  # whose output was cut, which no record has told yet
 
     @property
     def awaits(self) -> bool:
         """Whether something is to be looked at again soon."""
-        return bool(self._dying or self._closing)
+        return bool(self._dying or self._closing or self._untold)
 
     def time_passed(self, now_ns: int) -> None:
         """Give up waiting for a death that was announced, or for the cause of one."""
@@ -88,6 +96,8 @@ class Workers:
             self.lost(link.worker)
         for link in [link for link in self._dying.values() if now_ns - link.died_ns >= CAUSE_WAIT_NS]:
             self._died(link.worker, UNKNOWN)
+        for link in [link for link in self._untold.values() if link.output.is_due(now_ns)]:
+            self._tell_output(link, "", link.output.tell(now_ns))
 
     def lost(self, worker: Worker) -> None:
         """A worker cannot be trusted or reached any more: it must die."""
@@ -98,6 +108,8 @@ class Workers:
         for link in list(self._links.values()):
             self._close(link)
         if self._host is not None:
+            with contextlib.suppress(ChannelClosed, OSError):  # it hears of the end in any case; this calls it orderly
+                send_message(self._host, encode(messages.End()))
             self._host.close()
 
     # -- the worker host ------------------------------------------------------------------------------------------
@@ -107,9 +119,13 @@ class Workers:
         Raises:
             ProtocolError: there is one already.
         """
+        if self._host is not None and _is_at_end(self._host):  # the watcher has not come to telling yet
+            self._watcher.forget_channel(self._host)
+            self.host_left("its channel is at its end")
         if self._host is not None:
             raise ProtocolError("this broker has a worker host already")
         self._host = channel
+        log.info("worker host joined", extra={"fields": {"pid": peer_pid(channel)}})
 
     def start(self) -> None:
         """Order the first workers, now that the worker host has been welcomed."""
@@ -123,8 +139,10 @@ class Workers:
 
     def host_left(self, reason: str) -> None:
         """Its workers die with it, by the kernel's hand; their pidfds will tell."""
-        log.error("worker host is gone", extra={"fields": {"reason": reason}})
+        level = logging.INFO if self._host_leaves else logging.ERROR
+        log.log(level, "worker host left", extra={"fields": {"reason": reason}})
         channel, self._host = self._host, None
+        self._host_leaves = False
         self._perform(self._dispatcher.worker_host_left(time.monotonic_ns()))
         if channel is not None:
             channel.close()
@@ -142,13 +160,43 @@ class Workers:
         if op is Op.STARTED and len(descriptors) == 2:
             self._on_started(decode(messages.Started, message), *descriptors)
             return True
-        if op is not Op.EXITED:
+        if op is Op.EXITED:
+            exited = decode(messages.Exited, message)
+            worker = self._workforce.by_id.get(exited.worker)
+            if worker is not None:
+                self._died(worker, Cause(exited.signal, exited.exit_code, exited.problem))
+        elif op is Op.OUTPUT:
+            self._on_output(decode(messages.Output, message))
+        elif op is Op.LEAVING:
+            decode(messages.Leaving, message)
+            self._host_leaves = True
+            log.info("worker host leaves")
+            self._perform(self._dispatcher.worker_host_leaves(time.monotonic_ns()))
+        else:
             raise ProtocolError(f"operation {op.name} with {len(descriptors)} descriptors is not for worker hosts")
-        exited = decode(messages.Exited, message)
-        worker = self._workforce.by_id.get(exited.worker)
-        if worker is not None:
-            self._died(worker, Cause(exited.signal, exited.exit_code, exited.problem))
         return False
+
+    def _on_output(self, output: messages.Output) -> None:
+        """Make records of what a contract has printed."""
+        link = self._links.get(output.worker)
+        if link is None:
+            return
+        if output.stream == "tail":
+            link.last_words = output.data.decode("utf-8", "replace")
+            return
+        link.stream = output.stream
+        kept = link.output.take(link.worker.served, len(output.data), output.cut, time.monotonic_ns())
+        if kept.is_worth_a_record:
+            self._tell_output(link, output.data[: kept.size].decode("utf-8", "replace"), kept.cut)
+        elif link.output.has_untold:
+            self._untold[link.worker.id] = link
+
+    def _tell_output(self, link: WorkerLink, text: str, cut: int) -> None:
+        self._untold.pop(link.worker.id, None)
+        worker = link.worker
+        title = worker.contract.record.title if worker.contract else None
+        fields = {"contract": title, "worker": worker.id, "stream": link.stream, "text": text}
+        log.info("contract output", extra={"fields": fields | ({"cut": cut} if cut else {})})
 
     def _on_started(self, started: messages.Started, pidfd: int, channel_fd: int) -> None:
         channel = socket.socket(fileno=channel_fd)
@@ -249,8 +297,13 @@ class Workers:
         self._ready_early.discard(worker)
         self._closing.pop(worker.id, None)
         self._dying.pop(worker.id, None)
-        self._perform(self._dispatcher.worker_died(worker, cause, time.monotonic_ns()))
+        now_ns = time.monotonic_ns()
         link = self._links.pop(worker.id, None)
+        if link is not None:
+            cause = replace(cause, last_words=link.last_words)
+            if link.output.has_untold:
+                self._tell_output(link, "", link.output.tell(now_ns))
+        self._perform(self._dispatcher.worker_died(worker, cause, now_ns))
         if link is not None:
             self._close(link)
 
@@ -259,3 +312,10 @@ class Workers:
         self._watcher.forget_end(link.channel.fileno())
         os.close(link.pidfd)
         link.channel.close()
+
+
+def _is_at_end(channel: socket.socket) -> bool:
+    """Tell whether the other side of a channel is closed, whatever may still be read from it."""
+    poll = select.poll()
+    poll.register(channel, select.POLLRDHUP)
+    return bool(poll.poll(0))

@@ -13,8 +13,10 @@ from typing import Final
 from luacell.broker.causes import Cause
 from luacell.broker.model import (
     BLANK,
+    BUSY,
     DOOMED,
     IDLE,
+    LEAVING,
     LOADING,
     STARTING,
     Contract,
@@ -31,6 +33,7 @@ from luacell.protocol.limits import LOAD_LIMIT_NS, NS_PER_MS, NS_PER_S, START_LI
 
 BACKOFF_FIRST_NS: Final = 10 * NS_PER_MS
 BACKOFF_MAX_NS: Final = 5 * NS_PER_S
+HOST_LEAVES: Final = "its worker host is to end"
 STARTS_AT_ONCE_MAX: Final = 8  # forks of ~7 ms each that may be under way together
 
 
@@ -131,6 +134,23 @@ class Workforce:
         self._retry_ns = 0
         self.replenish(now_ns, effects)
 
+    def host_leaves(self, now_ns: int, effects: list[Effect]) -> list[Worker]:
+        """The worker host is to end: doom the workers that are free, and let the others end their call.
+
+        Returns:
+            Those that were doomed.
+        """
+        self.has_host = False
+        free = []
+        for worker in self.by_id.values():
+            if worker.state is BUSY:
+                worker.state = LEAVING
+            elif worker.state not in (LEAVING, DOOMED):
+                free.append(worker)
+        for worker in free:
+            self.doom(worker, HOST_LEAVES, now_ns, effects)
+        return free
+
     def host_left(self, now_ns: int) -> list[Worker]:
         """The worker host is gone and its workers die with it; return those that were of use until now."""
         self.has_host = False
@@ -204,4 +224,6 @@ def _death_record(worker: Worker, cause: Cause) -> Record:
         "verdict": worker.verdict,
         "served": worker.served,
     }
+    if cause.last_words:
+        fields["stderr"] = cause.last_words
     return Record("info" if expected else "warning", "worker died", fields)

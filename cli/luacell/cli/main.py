@@ -109,9 +109,7 @@ def _print_json(value: Any) -> None:
 @app.command()
 def serve(run_dir: RunDir = None, spares: Spares = 1, log_level: LogLevel = "info") -> None:
     """Run a whole service in the foreground: broker, worker host and their parent."""
-    from luacell.cli import serve as parent
-
-    raise typer.Exit(parent.run(_run_dir(run_dir), spares, log_level))
+    _become("luacell.cli.serve", _run_dir(run_dir), "--spares", str(spares), "--log-level", log_level)
 
 
 @app.command()

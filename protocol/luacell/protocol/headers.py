@@ -57,9 +57,12 @@ class Op(IntEnum):
     # broker to worker host
     START = 128
     KILL = 129
+    END = 130
     # worker host to broker
     STARTED = 160
     EXITED = 161
+    LEAVING = 162
+    OUTPUT = 163
 
 
 PREAMBLE: Final = Struct("<2sBBHH")

@@ -45,6 +45,11 @@ MEMORY_DEFAULT: Final = 64 * MIB  # bytes a contract's Lua heap may use
 MEMORY_MIN: Final = 1 * MIB
 MEMORY_MAX: Final = 2048 * MIB
 
+# -- what contracts print ------------------------------------------------------------------------------------
+OUTPUT_PER_CALL_MAX: Final = 64 * KIB  # bytes that become records; the rest is counted
+OUTPUT_PIECE_MAX: Final = 3 * KIB  # bytes in one message and one record, so that its line fits a pipe's 4 KiB
+STDERR_TAIL_MAX: Final = 2 * KIB  # bytes in the record of a death
+
 # -- messages ------------------------------------------------------------------------------------------------
 CALLS_PER_MESSAGE_MAX: Final = 1024
 SOURCE_MAX: Final = 4 * MIB  # bytes of all Lua sources of one contract

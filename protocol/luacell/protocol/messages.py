@@ -40,6 +40,7 @@ from luacell.protocol.limits import (
     MEMORY_DEFAULT,
     MEMORY_MAX,
     MEMORY_MIN,
+    OUTPUT_PIECE_MAX,
     PAYLOAD_MAX,
     SLOTS_PER_SEGMENT_MAX,
     SOURCE_MAX,
@@ -376,6 +377,13 @@ class Kill:
 
 
 @dataclass(frozen=True, slots=True)
+class End:
+    """Descriptor channel: the broker ends in an orderly way; its worker host is to kill its workers and end too."""
+
+    OP: ClassVar[Op] = Op.END
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """Descriptor channel, with two descriptors (pidfd, the broker's end of the worker's socketpair)."""
 
@@ -399,3 +407,30 @@ class Exited:
     signal: int | None = optional_integer(0, 255, None)
     exit_code: int | None = optional_integer(0, 255, None)
     problem: str = text(512, "")
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """Descriptor channel: a worker host is to end; it starts nothing more, and waits for its workers to be killed."""
+
+    OP: ClassVar[Op] = Op.LEAVING
+
+
+STREAMS: Final = ("stdout", "stderr", "tail")
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Descriptor channel: what a worker's contract has printed.
+
+    Attributes:
+        stream: "stdout", "stderr", or "tail": the end of its stderr once more, for the record of its death.
+        data: as it came, any bytes; b"" where some were only cut.
+        cut: bytes of this worker that were read and thrown away since its last OUTPUT.
+    """
+
+    OP: ClassVar[Op] = Op.OUTPUT
+    worker: int = integer(1, U64_MAX)
+    stream: str = choice(STREAMS)
+    data: bytes = blob(0, OUTPUT_PIECE_MAX)
+    cut: int = integer(0, U64_MAX, 0)

@@ -1,13 +1,16 @@
 """The worker host process: `python -m luacell.worker --run-dir DIR`.
 
-Serves the broker of that run directory until the broker is gone or SIGTERM or SIGINT comes; its workers end with it.
+Serves the broker of that run directory until the broker is gone; its workers end with it. At SIGTERM or SIGINT it
+leaves: its workers end their calls, within 25 s; at a second signal it ends at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -21,6 +24,7 @@ from luacell.worker import sandbox
 from luacell.worker.host import WorkerHost
 
 CONNECT_LIMIT_S: Final = 10.0
+EXIT_BROKER_GONE: Final = 75  # EX_TEMPFAIL: another one may come; whoever started this process starts it again
 
 log = logging.getLogger("luacell.worker-host")
 
@@ -36,8 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _note)
     _separate_from_terminal()
+    _raise_descriptor_limit()
     try:
         host = WorkerHost(options.run_dir, CONNECT_LIMIT_S, signals)
+    except InterruptedError:
+        return 0
     except OSError as error:
         print(f"luacell worker-host: no broker serves {options.run_dir}: {error.strerror or error}", file=sys.stderr)
         return 1
@@ -45,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         host.run()
     except (ChannelClosed, TimeoutError, ProtocolError) as error:
         log.error("broker is gone", extra={"fields": {"reason": str(error)}})
-        return 1
+        return EXIT_BROKER_GONE
     finally:
         host.close()
     return 0
@@ -64,11 +71,18 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def _separate_from_terminal() -> None:
-    """Give contracts no input, and let what they print go where errors go."""
+    """Give contracts no input; what they print goes into pipes, what this process prints to where errors go."""
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
     os.dup2(2, 1)
+
+
+def _raise_descriptor_limit() -> None:
+    """Take the hard limit: each worker costs three descriptors here. Workers get the usual one back."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 if __name__ == "__main__":

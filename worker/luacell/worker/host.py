@@ -1,27 +1,32 @@
 """The worker host: a single-threaded zygote that forks workers, watches them, and kills them on the broker's order.
 
 Everything a worker needs is imported here before the first fork, so that a start costs a few milliseconds. It has no
-ZeroMQ context (threads do not survive a fork) and runs no Lua. When the broker is gone it kills its workers and ends.
+ZeroMQ context (threads do not survive a fork) and runs no Lua. When the broker is gone it kills its workers and ends;
+when it is told to end itself, it leaves: the broker lets its workers finish what they run, within a limit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import logging
 import os
 import select
 import signal
 import socket
+import termios
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from luacell.protocol import headers, messages
 from luacell.protocol.errors import ProtocolError
 from luacell.protocol.headers import Op
+from luacell.protocol.limits import KIB, NS_PER_S
 from luacell.protocol.memory.channel import (
+    ChannelClosed,
     close_all,
     connect_channel,
     receive_message,
@@ -29,12 +34,18 @@ from luacell.protocol.memory.channel import (
 )
 from luacell.protocol.messages import decode, encode
 from luacell.protocol.paths import BROKER_SOCKET, DESCRIPTOR_SOCKET
-from luacell.worker.process import run_worker
+from luacell.worker.output import Outputs
+from luacell.worker.process import run_worker, unbuffer_stdio
 
 log = logging.getLogger("luacell.worker-host")
 
 CONNECT_RETRY_S: Final = 0.01
 SEND_LIMIT_S: Final = 5.0  # the broker reads within this, or is as good as gone
+LEAVE_LIMIT_NS: Final = 25 * NS_PER_S  # for calls that run when this host is told to end
+SIGNALS_MAX: Final = 64  # read at once
+OUTPUT_WAITING_MAX: Final = 64 * KIB  # bytes in the channel beyond which output is cut: reports need the rest of it
+LAST_ORDERS_MAX: Final = 64  # that a closed channel may still hold
+HOST_LEAVES: Final = "the worker host is to end"
 
 
 @dataclass(slots=True, eq=False)
@@ -52,22 +63,30 @@ class WorkerHost:
     Args:
         run_dir: of the broker.
         connect_limit_s: seconds to wait for the broker to listen.
-        end: a descriptor that is readable when this host is to end; stays the caller's.
+        end: a descriptor with a byte for each signal that asks this host to end; stays the caller's.
+
+    Raises:
+        InterruptedError: it is to end before it has found a broker.
+        OSError: there is no broker within the limit.
     """
 
     def __init__(self, run_dir: Path, connect_limit_s: float, end: int) -> None:
         self._broker_socket = run_dir / BROKER_SOCKET
-        self._channel = _connect(run_dir / DESCRIPTOR_SOCKET, connect_limit_s)
+        self._channel = _connect(run_dir / DESCRIPTOR_SOCKET, connect_limit_s, end)
         self._children: dict[int, Child] = {}
         self._by_worker: dict[int, Child] = {}
         self._end = end
         self._epoll = select.epoll()
+        self._outputs = Outputs(self._pass_on)
+        self._signal_count = 0
+        self._leave_ns: int | None = None  # when to end in any case, once it leaves
+        self._broker_ends = False
 
     def run(self) -> None:
-        """Serve until told to end.
+        """Serve until the broker ends, or until this host has left.
 
         Raises:
-            ChannelClosed: the broker is gone.
+            ChannelClosed: the broker is gone without having said so.
         """
         send_message(self._channel, encode(messages.Hello(role="worker-host")))
         message, _ = receive_message(self._channel)
@@ -75,16 +94,35 @@ class WorkerHost:
         decode(messages.Welcome, message)
         self._epoll.register(self._channel, select.EPOLLIN)
         self._epoll.register(self._end, select.EPOLLIN)
+        self._epoll.register(self._outputs.descriptor, select.EPOLLIN)
+        unbuffer_stdio()
         gc.collect()
         gc.freeze()  # the pages of what exists now stay shared with every worker
-        while True:
-            for descriptor, _ in self._epoll.poll():
-                if descriptor == self._channel.fileno():
-                    self._on_order()
-                elif descriptor == self._end:
-                    return
-                elif descriptor in self._children:
-                    self._on_end(self._children[descriptor])
+        try:
+            while not self._is_over():
+                for descriptor, _ in self._epoll.poll(self._timeout_s()):
+                    if descriptor == self._channel.fileno():
+                        self._on_order()
+                    elif descriptor == self._end:
+                        self._on_signals()
+                    elif descriptor in self._children:
+                        self._on_end(self._children[descriptor])
+                self._outputs.turn(time.monotonic_ns())
+        except ChannelClosed:
+            self._hear_last_orders()
+            if not self._broker_ends:
+                raise
+            log.info("broker has ended")
+
+    def _is_over(self) -> bool:
+        if self._leave_ns is None:
+            return False
+        return not self._children or self._signal_count > 1 or time.monotonic_ns() >= self._leave_ns
+
+    def _timeout_s(self) -> float | None:
+        """Return how long to wait for an event at most, or None."""
+        times = [when_ns for when_ns in (self._outputs.next_ns(), self._leave_ns) if when_ns is not None]
+        return max(0, min(times) - time.monotonic_ns()) / NS_PER_S if times else None
 
     def close(self) -> None:
         """Kill and reap every worker."""
@@ -94,7 +132,16 @@ class WorkerHost:
             with contextlib.suppress(ChildProcessError):  # reaped in the moment the signal came
                 os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED)
             self._forget(child)
+        self._outputs.close()
         self._channel.close()
+
+    def _on_signals(self) -> None:
+        """Begin to leave, or at a second signal do so at once."""
+        self._signal_count += len(os.read(self._end, SIGNALS_MAX))
+        if self._leave_ns is None:
+            self._leave_ns = time.monotonic_ns() + LEAVE_LIMIT_NS
+            log.info("worker host leaves", extra={"fields": {"workers": len(self._children)}})
+            self._tell(messages.Leaving())
 
     def _on_order(self) -> None:
         message, descriptors = receive_message(self._channel)
@@ -106,10 +153,25 @@ class WorkerHost:
             child = self._by_worker.get(decode(messages.Kill, message).worker)
             if child is not None:
                 _kill(child)
+        elif op is Op.END:
+            decode(messages.End, message)
+            self._broker_ends = True
         else:
             raise ProtocolError(f"operation {op.name} is not for worker hosts")
 
+    def _hear_last_orders(self) -> None:
+        """Read what lies behind a reset, which a broker causes that closes before it has read everything."""
+        with contextlib.suppress(ChannelClosed, ProtocolError, OSError):
+            for _ in range(LAST_ORDERS_MAX):
+                message, descriptors = receive_message(self._channel)
+                close_all(descriptors)
+                if headers.parse_preamble(message)[0] is Op.END:
+                    self._broker_ends = True
+
     def _start(self, start: messages.Start) -> None:
+        if self._leave_ns is not None:  # the order and the news that this host leaves have crossed
+            self._tell(messages.Exited(worker=start.worker, problem=HOST_LEAVES))
+            return
         try:
             self._fork(start)
         except OSError as error:
@@ -119,14 +181,15 @@ class WorkerHost:
 
     def _fork(self, start: messages.Start) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours, theirs:
+        with ours, theirs, _Pipes() as pipes:
             parent = os.getpid()
             pid = os.fork()
             if pid == 0:
-                run_worker(parent, self._broker_socket, start.routing_id, theirs)
+                run_worker(parent, self._broker_socket, start.routing_id, theirs, pipes.write_ends)
             child = Child(start.worker, pid, os.pidfd_open(pid))
             self._children[child.pidfd] = self._by_worker[child.worker] = child
             self._epoll.register(child.pidfd, select.EPOLLIN)
+            self._outputs.add(child.worker, *pipes.give_read_ends())
             started = messages.Started(worker=start.worker, pid=pid)
             send_message(self._channel, encode(started), [child.pidfd, ours.fileno()])
 
@@ -134,7 +197,9 @@ class WorkerHost:
         result = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOHANG)
         if result is None:
             return
-        self._forget(child)
+        tail = self._forget(child)
+        if tail:
+            self._tell(messages.Output(worker=child.worker, stream="tail", data=tail))
         exited = result.si_code == os.CLD_EXITED
         self._tell(
             messages.Exited(
@@ -144,14 +209,55 @@ class WorkerHost:
             )
         )
 
-    def _forget(self, child: Child) -> None:
+    def _forget(self, child: Child) -> bytes:
+        """Forget a dead worker; return the end of its stderr."""
         del self._children[child.pidfd], self._by_worker[child.worker]
         with contextlib.suppress(OSError):
             self._epoll.unregister(child.pidfd)
         os.close(child.pidfd)
+        return self._outputs.end(child.worker, time.monotonic_ns())
 
     def _tell(self, message: messages.Message) -> None:
         send_message(self._channel, encode(message))
+
+    def _pass_on(self, output: messages.Output) -> bool:
+        """Tell the broker what a contract printed, where that needs no waiting and leaves room for reports."""
+        try:
+            waiting = fcntl.ioctl(self._channel, termios.TIOCOUTQ, bytes(4))
+            if int.from_bytes(waiting, "little") > OUTPUT_WAITING_MAX:
+                return False
+            self._channel.send(encode(output), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError:  # the broker is gone; whoever waits for the channel hears of it
+            return False
+        return True
+
+
+class _Pipes:
+    """The pipes for a worker's stdout and stderr; what was not given away is closed at the end of the block."""
+
+    def __init__(self) -> None:
+        self._open: list[int] = []
+
+    def __enter__(self) -> Self:
+        try:
+            for _ in range(2):
+                self._open += os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            close_all(self._open)
+            raise
+        return self
+
+    @property
+    def write_ends(self) -> tuple[int, int]:
+        return self._open[1], self._open[3]
+
+    def give_read_ends(self) -> tuple[int, int]:
+        stdout, stderr = self._open[0], self._open[2]
+        self._open = list(self.write_ends)
+        return stdout, stderr
+
+    def __exit__(self, *_: object) -> None:
+        close_all(self._open)
 
 
 def _kill(child: Child) -> None:
@@ -159,13 +265,16 @@ def _kill(child: Child) -> None:
         signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
 
 
-def _connect(path: Path, limit_s: float) -> socket.socket:
+def _connect(path: Path, limit_s: float, end: int) -> socket.socket:
     """Connect to a broker that may still be starting."""
     give_up_s = time.monotonic() + limit_s
+    poll = select.poll()
+    poll.register(end, select.POLLIN)
     while True:
         try:
             return connect_channel(path, SEND_LIMIT_S)
         except OSError:
             if time.monotonic() >= give_up_s:
                 raise
-            time.sleep(CONNECT_RETRY_S)
+        if poll.poll(CONNECT_RETRY_S * 1000):
+            raise InterruptedError("told to end")

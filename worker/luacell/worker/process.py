@@ -31,6 +31,8 @@ STACK_SIZE: Final = 64 << 20  # bytes; recursion through C (gsub callbacks) over
 CONNECT_LIMIT_MS: Final = 5000
 MAP_LIMIT_S: Final = 5.0  # a pair named by a call is on its way already
 IDLE_BEFORE_DISARM_MS: Final = 500
+DESCRIPTORS_MAX: Final = 1024  # soft limit, as usual; the worker host has raised its own
+_UNBUFFERED: Final = 2  # _IONBF of stdio.h
 EXIT_BROKEN: Final = 70  # the worker itself cannot go on (EX_SOFTWARE)
 OUT_OF_MEMORY_TEXT: Final = b"Lua exception: not enough memory"
 _RECORD_SIZE: Final = headers.EXECUTE.size
@@ -197,7 +199,19 @@ def _await_death() -> NoReturn:
         signal.pause()
 
 
-def run_worker(parent_pid: int, broker_socket: Path, routing_id: bytes, channel: socket.socket) -> NoReturn:
+def unbuffer_stdio() -> None:
+    """Let C write at once what a contract prints: what it said before it crashed is what people need.
+
+    Called in the worker host, for its workers.
+    """
+    libc = ctypes.CDLL(None)
+    for name in ("stdout", "stderr"):
+        libc.setvbuf(ctypes.c_void_p.in_dll(libc, name), None, _UNBUFFERED, ctypes.c_size_t(0))
+
+
+def run_worker(
+    parent_pid: int, broker_socket: Path, routing_id: bytes, channel: socket.socket, output: tuple[int, int]
+) -> NoReturn:
     """Be a worker, right after the fork; never returns.
 
     Args:
@@ -205,9 +219,12 @@ def run_worker(parent_pid: int, broker_socket: Path, routing_id: bytes, channel:
         broker_socket: path of the ROUTER.
         routing_id: the identity the broker gave us.
         channel: our end of the socketpair.
+        output: pipes to become stdout and stderr.
     """
     try:
         sandbox.die_with_parent(parent_pid)
+        for descriptor, pipe in zip((1, 2), output, strict=True):
+            os.dup2(pipe, descriptor)
         _become_quiet(channel.fileno())
         sandbox.hide_memory()
         sandbox.forget_environment()
@@ -230,4 +247,6 @@ def _become_quiet(channel_fd: int) -> None:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     os.closerange(3, channel_fd)
     os.closerange(channel_fd + 1, min(limit, 1 << 20))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(DESCRIPTORS_MAX, hard), hard))
     os.chdir("/")

@@ -1,0 +1,45 @@
+"""What systemd is told: that the service is ready, is stopping, and how it is.
+
+Source: sd_notify(3). Nothing is sent where NOTIFY_SOCKET is not set, and nothing ever waits or fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import MutableMapping
+from typing import Final
+
+VARIABLE: Final = "NOTIFY_SOCKET"
+
+
+class Notifier:
+    """A line to whoever supervises this process.
+
+    Args:
+        environment: the variable is taken out of it, so that no child speaks in this process's place.
+    """
+
+    def __init__(self, environment: MutableMapping[str, str]) -> None:
+        address = environment.pop(VARIABLE, "")
+        self._address = f"\0{address[1:]}" if address.startswith("@") else address
+        self._socket: socket.socket | None = None
+        if self._address[:1] in ("/", "\0"):
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+
+    def ready(self, status: str) -> None:
+        """The service can be used."""
+        self._send(f"READY=1\nSTATUS={status}")
+
+    def stopping(self, status: str) -> None:
+        """The service is about to end."""
+        self._send(f"STOPPING=1\nSTATUS={status}")
+
+    def status(self, status: str) -> None:
+        """Tell people how the service is, in one line."""
+        self._send(f"STATUS={status}")
+
+    def _send(self, state: str) -> None:
+        if self._socket is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._socket.sendto(state.encode(), self._address)
