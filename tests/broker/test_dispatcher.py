@@ -665,9 +665,11 @@ def test_the_snapshot_tells_what_is_there(bench: Bench, worker: Worker) -> None:
     snapshot = bench.dispatcher.snapshot()
     assert snapshot == {
         "hosts": 2,
+        "worker_host": True,
         "contracts": 1,
         "workers": [{"id": worker.id, "pid": 4321, "state": "busy", "contract": "0x0000000000000001", "served": 1}],
         "spares": 0,
+        "spares_wanted": 0,
         "queued": 1,
         "slots_in_flight": 2,
         "memory_bytes": running.pair.shape.total_bytes,

@@ -13,12 +13,19 @@ from typing import Self
 from tests.support.waiting import LIMIT_S, readable
 
 PYTHON = (sys.executable, "-P")
+# Runs a command without what lets root read and write everything (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH); prctl(24)
+# is PR_CAPBSET_DROP. Other users have neither, and may not drop them: for them this does nothing.
+AS_THE_FILES_SAY = (
+    *(sys.executable, "-c"),
+    "import ctypes, os, sys; [ctypes.CDLL(None).prctl(24, each, 0, 0, 0) for each in (1, 2)];"
+    "os.execv(sys.argv[1], sys.argv[1:])",
+)
 
 
 class Serving:
     """`serve` on a run directory, ready to be connected to; stopped at the end of the block."""
 
-    def __init__(self, run_directory: Path) -> None:
+    def __init__(self, run_directory: Path, state_directory: Path | None = None) -> None:
         self.run_directory = run_directory
         # A file: a pipe that nobody reads would stop it one day.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
@@ -31,6 +38,7 @@ class Serving:
             str(run_directory),
             "--log-level",
             "error",
+            *([] if state_directory is None else ["--state-dir", str(state_directory)]),
         ]
         try:
             self.process = subprocess.Popen(
@@ -71,7 +79,9 @@ class Serving:
         self.stop()
 
 
-def run_broker(run_directory: Path | str) -> subprocess.CompletedProcess[str]:
+def run_broker(
+    run_directory: Path | str, *options: str, prefix: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     """Run a broker that must refuse to start; return how it ended."""
-    command = [*PYTHON, "-m", "luacell.broker", "--run-dir", str(run_directory)]
+    command = [*prefix, *PYTHON, "-m", "luacell.broker", "--run-dir", str(run_directory), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)

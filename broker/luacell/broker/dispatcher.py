@@ -38,6 +38,7 @@ from luacell.broker.model import (
     Contract,
     DropPair,
     Effect,
+    Request,
     SendCall,
     SendReleased,
     SendResult,
@@ -349,6 +350,15 @@ class Dispatcher:
                 self.catalogue.staff(worker.contract, now_ns, effects)
         return effects
 
+    def contract_stored(self, contract: Contract, request: Request, problem: str, now_ns: int) -> list[Effect]:
+        """A registered contract was written to the registry's file, or, with a problem, could not be."""
+        effects: list[Effect] = []
+        self.catalogue.stored(contract, request, problem, now_ns, effects)
+        while contract.idle and contract.queue:  # taken over from the contract that it replaces
+            self._employ(contract.idle.pop(), now_ns, effects)
+        self.catalogue.staff(contract, now_ns, effects)
+        return effects
+
     def unregister(self, contract_id: int, now_ns: int) -> list[Effect]:
         """Remove a contract: queued calls fail, running ones end."""
         effects: list[Effect] = []
@@ -569,9 +579,11 @@ class Dispatcher:
         ]
         return {
             "hosts": len(self.sessions),
+            "worker_host": self.workforce.has_host,
             "contracts": len(self.catalogue.serving),
             "workers": workers,
             "spares": len(self.workforce.blank),
+            "spares_wanted": self.workforce.spares_wanted,
             "queued": sum(len(contract.queue) for contract in self.catalogue.serving.values()),
             "slots_in_flight": self._books.slots_in_flight,
             "memory_bytes": self._books.total_bytes,

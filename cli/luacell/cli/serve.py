@@ -97,6 +97,7 @@ class Parent:
         ]
         broker = [sys.executable, "-P", "-m", "luacell.broker", *common, "--spares", str(options.spares)]
         broker += ["--ready-fd", str(report), *(["--ephemeral"] if options.ephemeral else [])]
+        broker += ["--state-dir", str(options.state_dir)] if options.state_dir else []
         worker_host = [sys.executable, "-P", "-m", "luacell.worker", *common]
         for name, command, pass_fds in (("broker", broker, [report]), ("worker host", worker_host, [])):
             child = Child(name, command, pass_fds)
@@ -141,11 +142,17 @@ class Parent:
             remove_run_directory(self._options.run_dir)
 
 
-def run(run_dir: Path, spares: int, log_level: str) -> int:
+def run(run_dir: Path, state_dir: Path, spares: int, log_level: str) -> int:
     """Serve in the foreground, as `luacell serve` does; return the exit code."""
     return Parent(
         argparse.Namespace(
-            run_dir=run_dir, spares=spares, log_level=log_level, host=None, ready_fd=None, ephemeral=False
+            run_dir=run_dir,
+            state_dir=state_dir,
+            spares=spares,
+            log_level=log_level,
+            host=None,
+            ready_fd=None,
+            ephemeral=False,
         )
     ).run()
 
@@ -154,6 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Serve as the embedded default; return the exit code."""
     parser = argparse.ArgumentParser(prog="luacell.cli.serve")
     parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--state-dir", type=Path, help="RUN_DIR/state if not given")
     parser.add_argument("--spares", type=int, default=1)
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--host", type=int, help="pid of the host to end with")
