@@ -67,9 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="luacell broker", description="Run a broker.")
-    parser.add_argument("--run-dir", type=Path, required=True, help="directory of its sockets, mode 0700")
+    parser.add_argument("--run-dir", type=_directory, required=True, help="directory of its sockets, mode 0700")
     parser.add_argument(
-        "--state-dir", type=Path, help="directory of its registry, mode 0700; RUN_DIR/state if not given"
+        "--state-dir", type=_directory, help="directory of its registry, mode 0700; RUN_DIR/state if not given"
     )
     parser.add_argument("--spares", type=_spares, default=1, help="blank workers to keep warm")
     parser.add_argument("--log-level", default="info")
@@ -77,6 +77,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ephemeral", action="store_true", help="remove the run directory at the end")
     parser.add_argument("--ready-fd", type=int, help="descriptor to write a byte to when serving")
     return parser.parse_args(arguments)
+
+
+def _directory(text: str) -> Path:
+    return Path(text).absolute()  # what others are told must not depend on where they are
 
 
 def _spares(text: str) -> int:

@@ -15,7 +15,7 @@ def main() -> NoReturn:
     try:
         from luacell.cli.main import app  # Ctrl-C may come while this is loaded
 
-        app()
+        app(prog_name="luacell")
         code: object = 0
     except SystemExit as end:
         code = end.code

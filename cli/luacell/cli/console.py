@@ -149,5 +149,7 @@ def print_bytes(value: bytes) -> None:
     """Write bytes to stdout as they are."""
     if sys.stdout is not None:
         sys.stdout.flush()
-        sys.stdout.buffer.write(value)
+        rest = memoryview(value)
+        while rest:  # where Python does not buffer, a write may be a part of it
+            rest = rest[sys.stdout.buffer.write(rest) :]
         sys.stdout.buffer.flush()

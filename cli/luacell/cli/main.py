@@ -66,15 +66,15 @@ def worker_host(run_dir: RunDir = None, log_level: LogLevel = "info") -> None:
 
 
 def _run_dir(given: Path | None) -> Path:
-    return given if given is not None else Path(default_run_directory(os.environ))
+    return given.absolute() if given is not None else Path(default_run_directory(os.environ))
 
 
 def _state_dir(run_dir: Path | None, given: Path | None) -> Path:
     """Return the state directory: what belongs to a place of its own stays there."""
     if given is not None:
-        return given
+        return given.absolute()
     if run_dir is not None:
-        return run_dir / STATE_DIRECTORY
+        return run_dir.absolute() / STATE_DIRECTORY
     return Path(default_state_directory(os.environ, os.path.expanduser("~"), is_root=os.geteuid() == 0))
 
 

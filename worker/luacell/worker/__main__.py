@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, _note)
     _separate_from_terminal()
     try:
-        host = WorkerHost(options.run_dir, CONNECT_LIMIT_S, signals)
+        host = WorkerHost(options.run_dir.absolute(), CONNECT_LIMIT_S, signals)  # workers leave for "/"
     except OSError as error:
         print(f"luacell worker-host: no broker serves {options.run_dir}: {error.strerror or error}", file=sys.stderr)
         return 1
