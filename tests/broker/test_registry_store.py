@@ -244,6 +244,27 @@ def test_write_that_fails_names_the_file_and_changes_nothing(
     assert [record.id for record in reread(path)] == sorted([2, record_of().id])
 
 
+def test_full_disk_is_no_reason_not_to_serve_what_is_there(
+    path: Path, store: RegistryStore, small_disk: Callable[[int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(20):
+        store.put(record_of(number, os.urandom(5000)))
+    expected = store.records()
+    copy, log = path.with_name("copy.db"), path.with_name("copy.db-wal")
+    copy.write_bytes(path.read_bytes())  # as it is after kill -9
+    log.write_bytes(path.with_name("registry.db-wal").read_bytes())
+    small_disk(log.stat().st_size)
+    full = RegistryStore(copy)
+    assert full.records() == expected
+    assert "registry cannot be written now" in caplog.messages
+    with pytest.raises(StoreError, match="cannot write"):
+        full.put(record_of())
+    small_disk(resource.RLIM_INFINITY)
+    full.put(record_of())
+    assert record_of() in full.records()
+    full.close()
+
+
 def test_writer_with_a_shell_holds_us_up_no_longer_than_the_limit(
     path: Path, store: RegistryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ It belongs to one thread at a time; a lock on the state directory keeps other br
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from luacell.protocol.errors import LuacellError
 from luacell.protocol.identity import HostContractId, Version, format_id
 from luacell.protocol.limits import CONTRACTS_MAX, MIB
 from luacell.protocol.messages import Settings
+
+log = logging.getLogger("luacell.broker")
 
 BUSY_LIMIT_S: Final = 2.0  # somebody with a sqlite3 shell may read; a writer among them must not hold us up for long
 WAL_KEPT_MAX: Final = 16 * MIB  # bytes the write-ahead log is cut back to after a checkpoint: four largest contracts
@@ -63,6 +66,7 @@ SCHEMA_VERSION: Final = len(MIGRATIONS)
 _TABLES: Final = {"sources", "contracts", "modules", "settings"}
 
 _DEFAULTS: Final = Settings()
+_NO_SPACE: Final = ("SQLITE_FULL", "SQLITE_IOERR_WRITE")  # the latter where a quota or a limit on file sizes is hit
 
 
 class StoreError(LuacellError):
@@ -118,8 +122,21 @@ class RegistryStore:
         self._migrate(version)
         execute("PRAGMA foreign_keys = ON")
         self._check_content()
-        with self._transaction():  # one that cannot be written is refused now, not at the first registration
-            execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self._try_to_write()
+
+    def _try_to_write(self) -> None:
+        """Refuse a registry that may not be written now, not at the first registration.
+
+        A disk that is full is no reason not to serve what is there: space can be made, and changes are refused until
+        then.
+        """
+        try:
+            with self._transaction():
+                self._database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorname not in _NO_SPACE:
+                raise
+            log.warning("registry cannot be written now", extra={"fields": {"path": self.path, "reason": str(error)}})
 
     def _check_identity(self) -> int:
         """Return the schema version of a database that is ours, or new."""

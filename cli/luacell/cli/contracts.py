@@ -39,7 +39,7 @@ def deploy(
 
 def register(
     contract: ContractName,
-    file: Annotated[Path, typer.Argument(help="A Lua file that evaluates to function(fn_id, args, out).")],
+    file: Annotated[Path, typer.Argument(help="A Lua file that evaluates to function(fn_id, args, out); - is stdin.")],
     replace: Annotated[bool, typer.Option("--replace", help="Take the place of a registered contract.")] = False,
     endpoint: Endpoint = None,
     output: OutputFormat = Output.TEXT,
@@ -59,7 +59,7 @@ def register(
 def _function(file: Path) -> LuaFunction:
     from luacell.client import LuaFunction
 
-    return LuaFunction(read_input(file), chunk_name=f"@{file}")
+    return LuaFunction(read_input(file), chunk_name="=stdin" if str(file) == "-" else f"@{file}")
 
 
 def unregister(contract: ContractName, endpoint: Endpoint = None, output: OutputFormat = Output.TEXT) -> None:
