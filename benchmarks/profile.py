@@ -12,6 +12,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from luacell.broker.registry_store import RegistryStore
 from luacell.broker.rundir import RunDirectory
 from luacell.broker.server import Server
 from luacell.client import LuaFunction, LuaHostBridge
@@ -24,7 +25,7 @@ def profile_broker(source: str, contract: str) -> None:
     """Serve in this process under the profiler, call from a thread, print the costliest functions."""
     with tempfile.TemporaryDirectory() as parent:
         run_directory = RunDirectory(Path(parent) / "run")
-        server = Server(run_directory, spares=1)
+        server = Server(run_directory, 1, RegistryStore(run_directory.path / "registry.db"))
         worker_host = subprocess.Popen(
             [
                 sys.executable,

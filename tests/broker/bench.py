@@ -20,6 +20,7 @@ from luacell.broker.model import (
     SendReply,
     SendResult,
     StartWorker,
+    StoreContract,
     Worker,
 )
 from luacell.broker.registry import ContractRecord, Registry
@@ -58,7 +59,10 @@ class Bench:
 
     Attributes:
         effects: of the last event.
+        stores_at_once: whether contracts are stored as soon as that is asked for.
     """
+
+    stores_at_once = True
 
     def __init__(self, spares: int = 1, *, window: int = 0, has_worker_host: bool = True) -> None:
         self._window = window
@@ -129,6 +133,14 @@ class Bench:
     def loaded(self, worker: Worker, problem: str = "", reason: str = "") -> list[Effect]:
         """A worker has loaded its contract, or not."""
         self.effects = self.dispatcher.worker_loaded(worker, problem, reason, self.now_ns)
+        for effect in of_kind(self.effects, StoreContract) if self.stores_at_once else ():
+            self.effects = [each for each in self.effects if each is not effect]
+            self.effects += self.dispatcher.contract_stored(*effect, "", self.now_ns)
+        return self.effects
+
+    def stored(self, effect: StoreContract, problem: str = "") -> list[Effect]:
+        """A contract was stored, or could not be."""
+        self.effects = self.dispatcher.contract_stored(*effect, problem, self.now_ns)
         return self.effects
 
     def register(

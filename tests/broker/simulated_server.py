@@ -60,6 +60,7 @@ class SimulatedServer:
             model.SendFailure: self._send_failure,
             model.SendReleased: self._send_released,
             model.SendReply: self._send_reply,
+            model.StoreContract: self._store_contract,
             model.StartWorker: self._start_worker,
             model.LoadWorker: self._load_worker,
             model.KillWorker: self._kill_worker,
@@ -178,6 +179,15 @@ class SimulatedServer:
             return
         self._perform(self.dispatcher.unregister(contract_id, self.now_ns))
         self._perform([SendReply(request)])
+        self._turn()
+
+    def _store_contract(self, effect: model.StoreContract) -> None:
+        """Write it, a little later: that is done elsewhere, and the disk may be full."""
+        problem = "the disk is full" if self.world.schedule.chance(0.05) else ""
+        self.world.schedule.after(2 * NS_PER_MS, lambda: self._on_stored(effect, problem))
+
+    def _on_stored(self, effect: model.StoreContract, problem: str) -> None:
+        self._perform(self.dispatcher.contract_stored(*effect, problem, self.now_ns))
         self._turn()
 
     def on_lease(self, host: SimulatedHost, contract_id: int, count: int) -> None:

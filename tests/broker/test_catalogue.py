@@ -1,11 +1,22 @@
+from typing import Any
+
 import pytest
 
 from luacell.broker import catalogue as catalogue_module
 from luacell.broker.causes import UNKNOWN, Cause
-from luacell.broker.model import DOOMED, KillWorker, LoadWorker, Record, SendReply, StartWorker
+from luacell.broker.model import (
+    DOOMED,
+    KillWorker,
+    LoadWorker,
+    Record,
+    SendFailure,
+    SendReply,
+    StartWorker,
+    StoreContract,
+)
 from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.limits import NS_PER_MS, QUEUE_MAX
-from tests.broker.bench import CONTRACT, HOST, KILLED, OTHER_HOST, SEGFAULT, Bench
+from tests.broker.bench import CONTRACT, HOST, KILLED, OTHER_HOST, SEGFAULT, Bench, record_of
 
 LONG_US = 60_000_000
 
@@ -109,6 +120,132 @@ def test_a_load_without_an_end_fails_the_registration() -> None:
     bench.register()
     bench.pass_ms(5_010)
     assert bench.only(SendReply).reason == "it did not load within 5 s"
+
+
+# -- the registry's file ------------------------------------------------------------------------------------------
+def loaded_but_not_stored(bench: Bench, contract_id: int = CONTRACT, **options: Any) -> StoreContract:
+    bench.stores_at_once = False
+    bench.register(contract_id, **options)
+    bench.load_next()
+    assert not bench.has(SendReply)
+    return bench.only(StoreContract)
+
+
+def test_a_contract_is_served_and_acknowledged_once_it_is_stored() -> None:
+    bench = Bench()
+    effect = loaded_but_not_stored(bench)
+    assert CONTRACT not in bench.catalogue.serving
+    assert len(bench.registry) == 0
+    bench.stored(effect)
+    assert bench.only(SendReply) == SendReply(effect.request)
+    assert bench.catalogue.serving[CONTRACT] is effect.contract
+    assert len(bench.registry) == 1
+
+
+def test_an_id_is_taken_while_its_contract_is_being_stored() -> None:
+    bench = Bench()
+    effect = loaded_but_not_stored(bench)
+    bench.register(replace=True)
+    assert bench.only(SendReply).kind == "DuplicateContract"
+    bench.stored(effect)
+    assert bench.only(SendReply).kind == ""
+
+
+def test_a_contract_that_cannot_be_stored_is_not_registered() -> None:
+    bench = Bench()
+    effect = loaded_but_not_stored(bench)
+    bench.stored(effect, "cannot write /state/registry.db: database or disk is full")
+    reply = bench.only(SendReply)
+    assert (reply.kind, reply.code) == ("Unavailable", AbiErrorCode.UNAVAILABLE)
+    assert reply.reason == "cannot write /state/registry.db: database or disk is full"
+    assert bench.has(KillWorker)
+    assert not bench.catalogue.serving
+    assert not bench.catalogue.pending
+    assert len(bench.registry) == 0
+    bench.stores_at_once = True
+    bench.serve()
+
+
+def test_a_replacement_that_cannot_be_stored_changes_nothing() -> None:
+    bench = Bench()
+    worker = bench.serve()
+    before = bench.catalogue.serving[CONTRACT]
+    effect = loaded_but_not_stored(bench, replace=True)
+    assert bench.call().worker is worker, "the first one serves meanwhile"
+    queued = bench.call()
+    bench.stored(effect, "no space")
+    assert bench.catalogue.serving[CONTRACT] is before
+    assert not bench.has(SendFailure)
+    assert queued.contract is before
+    assert worker.state is not DOOMED
+
+
+def test_calls_that_waited_for_the_replaced_contract_go_to_its_successor_at_once() -> None:
+    bench = Bench()
+    bench.serve()
+    effect = loaded_but_not_stored(bench, replace=True)
+    bench.call()
+    queued = bench.call()
+    bench.stored(effect)
+    assert bench.sent.call is queued
+    assert queued.contract is effect.contract
+
+
+def test_a_disk_that_takes_its_time_is_no_reason_to_refuse() -> None:
+    bench = Bench()
+    effect = loaded_but_not_stored(bench)
+    bench.pass_ms(60_000)
+    assert not bench.has(SendReply)
+    bench.stored(effect)
+    assert bench.only(SendReply).kind == ""
+
+
+def test_a_worker_that_dies_while_its_contract_is_being_stored_changes_nothing() -> None:
+    bench = Bench()
+    effect = loaded_but_not_stored(bench)
+    (worker,) = effect.contract.workers
+    bench.die(worker, SEGFAULT)
+    assert not bench.has(LoadWorker)
+    bench.stored(effect)
+    assert bench.only(SendReply).kind == ""
+    assert bench.call().state.value == "queued"
+
+
+def test_a_private_contract_is_never_stored() -> None:
+    bench = Bench()
+    bench.stores_at_once = False
+    bench.register(private=True)
+    bench.load_next()
+    assert not bench.has(StoreContract)
+    assert bench.only(SendReply).kind == ""
+
+
+def test_a_stored_contract_is_served_again_and_loaded_when_it_is_called() -> None:
+    bench = Bench()
+    assert bench.catalogue.restore(record_of()) == ""
+    assert len(bench.registry) == 1
+    bench.ready()
+    assert not bench.has(LoadWorker)
+    call = bench.call()
+    assert bench.only(LoadWorker).record.id == CONTRACT
+    bench.loaded(bench.only(LoadWorker).worker)
+    assert bench.sent.call is call
+
+
+def test_a_stored_contract_that_no_longer_loads_fails_its_calls() -> None:
+    bench = Bench()
+    bench.catalogue.restore(record_of())
+    bench.ready()
+    bench.call()
+    bench.loaded(bench.only(LoadWorker).worker, "load", "module 'lpeg' not found")
+    assert bench.failure.kind == "ContractLoadFailed"
+    assert CONTRACT in bench.catalogue.serving
+
+
+def test_a_stored_contract_whose_sandbox_is_not_there_is_not_served_without_it() -> None:
+    bench = Bench()
+    assert "hardened" in bench.catalogue.restore(record_of(sandbox="hardened"))
+    assert not bench.catalogue.serving
 
 
 # -- workers that die or misbehave while loading ------------------------------------------------------------------

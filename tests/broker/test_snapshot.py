@@ -23,9 +23,10 @@ def test_it_tells_what_is_there() -> None:
         "state": "serving",
         "hosts": 2,
         "contracts": 1,
-        "has_worker_host": True,
+        "worker_host": True,
         "workers": [{"id": worker.id, "pid": 4321, "state": "busy", "contract": "0x0000000000000001", "served": 1}],
         "spares": 0,
+        "spares_wanted": 0,
         "pools": [
             {
                 "contract": "0x0000000000000001",

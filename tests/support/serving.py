@@ -18,6 +18,13 @@ from tests.support.processes import Processes
 from tests.support.waiting import LIMIT_S, eventually, readable
 
 PYTHON = (sys.executable, "-P")
+# Runs a command without what lets root read and write everything (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH); prctl(24)
+# is PR_CAPBSET_DROP. Other users have neither, and may not drop them: for them this does nothing.
+AS_THE_FILES_SAY = (
+    *(sys.executable, "-c"),
+    "import ctypes, os, sys; [ctypes.CDLL(None).prctl(24, each, 0, 0, 0) for each in (1, 2)];"
+    "os.execv(sys.argv[1], sys.argv[1:])",
+)
 
 
 class Serving:
@@ -27,6 +34,7 @@ class Serving:
         self,
         run_directory: Path,
         *options: str,
+        state_directory: Path | None = None,
         log_level: str = "error",
         environment: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
@@ -45,6 +53,7 @@ class Serving:
             str(run_directory),
             "--log-level",
             log_level,
+            *([] if state_directory is None else ["--state-dir", str(state_directory)]),
             *options,
         ]
         try:
@@ -118,7 +127,9 @@ def _complete(bridge: LuaHostBridge) -> Processes | None:
     return None
 
 
-def run_broker(run_directory: Path | str) -> subprocess.CompletedProcess[str]:
+def run_broker(
+    run_directory: Path | str, *options: str, prefix: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     """Run a broker that must refuse to start; return how it ended."""
-    command = [*PYTHON, "-m", "luacell.broker", "--run-dir", str(run_directory)]
+    command = [*prefix, *PYTHON, "-m", "luacell.broker", "--run-dir", str(run_directory), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)

@@ -1,8 +1,8 @@
-"""The broker process: `python -m luacell.broker --run-dir DIR`.
+"""The broker process: `python -m luacell.broker --run-dir DIR [--state-dir DIR]`.
 
-Takes the run directory, serves until SIGTERM or SIGINT, and cleans up. With `--parent` it also ends when that process
-does. It reports on the descriptor `--ready-fd` when its sockets are bound. Exit codes: 0 ended as told, 78 (EX_CONFIG)
-refused to start, which another attempt would not change.
+Takes the run directory and the state directory, serves what is registered there until SIGTERM or SIGINT, and cleans
+up. With `--parent` it also ends when that process does. It reports on the descriptor `--ready-fd` when its sockets
+are bound. Exit codes: 0 ended as told, 78 (EX_CONFIG) refused to start, which another attempt would not change.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from luacell.broker.directories import DirectoryError
 from luacell.broker.records import make_formatter
-from luacell.broker.rundir import RunDirectory, RunDirectoryError
+from luacell.broker.registry_store import RegistryStore, StoreError
+from luacell.broker.rundir import RunDirectory
 from luacell.broker.server import Server
 from luacell.broker.signals import SignalPipe
+from luacell.broker.statedir import StateDirectory
 from luacell.protocol.limits import SPARES_MAX
 from luacell.protocol.logs import configure_queued_logging
+from luacell.protocol.paths import STATE_DIRECTORY
 
 # A call leaves no cycles behind; looking for some every few calls costs more than the calls' own objects.
 GC_THRESHOLDS: Final = (50_000, 20, 50)
@@ -47,13 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
     _raise_descriptor_limit()
     try:
         run_directory = RunDirectory(options.run_dir, LOCK_WAIT_S)
-    except RunDirectoryError as error:
+        if options.parent:
+            _end_with(options.parent, run_directory, options.ephemeral)
+        state_directory = StateDirectory(options.state_dir or options.run_dir / STATE_DIRECTORY, LOCK_WAIT_S)
+        registry_store = RegistryStore(state_directory.registry, durable=not options.ephemeral)
+        server = Server(run_directory, options.spares, registry_store)
+    except (DirectoryError, StoreError) as error:
         print(f"luacell broker: {error}", file=sys.stderr)
         return EXIT_REFUSED
-    if options.parent:
-        _end_with(options.parent, run_directory, options.ephemeral)
     signals = SignalPipe((signal.SIGTERM, signal.SIGINT))
-    server = Server(run_directory, options.spares)
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     if options.ready_fd is not None:
@@ -68,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 server.close()
             finally:
+                state_directory.close()
                 run_directory.close(remove=options.ephemeral)
             records.close()
     return 0
@@ -89,13 +96,20 @@ def _closing_limit() -> Iterator[None]:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="luacell broker", description="Run a broker.")
-    parser.add_argument("--run-dir", type=Path, required=True, help="directory of its sockets, mode 0700")
+    parser.add_argument("--run-dir", type=_directory, required=True, help="directory of its sockets, mode 0700")
+    parser.add_argument(
+        "--state-dir", type=_directory, help="directory of its registry, mode 0700; RUN_DIR/state if not given"
+    )
     parser.add_argument("--spares", type=_spares, default=1, help="blank workers to keep warm")
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--parent", type=int, help="pid to end with")
     parser.add_argument("--ephemeral", action="store_true", help="remove the run directory at the end")
     parser.add_argument("--ready-fd", type=int, help="descriptor to write a byte to when serving")
     return parser.parse_args(arguments)
+
+
+def _directory(text: str) -> Path:
+    return Path(text).absolute()  # what others are told must not depend on where they are
 
 
 def _spares(text: str) -> int:

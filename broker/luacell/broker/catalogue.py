@@ -3,15 +3,27 @@
 Decides on registration, replacement, removal and failed loads; answers to calls are the dispatcher's, so
 methods return the queued calls that must be failed. It loads nothing itself.
 
-    register ──> pending ──first load succeeded──> serving ──unregistered, replaced──> retired
-                    └────failed: nothing registered          (a later failed load: back-off, calls refused)
+    register ──> pending ──first load succeeded, stored──> serving ──unregistered, replaced──> retired
+                    └────failed: nothing registered               │  (a later failed load: back-off, calls refused)
+    start of the broker: what was stored ─────────────────────────┘
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from luacell.broker.model import BUSY, LEAVING, Call, Contract, Effect, Record, Request, SendReply, Subject
+from luacell.broker.model import (
+    BUSY,
+    LEAVING,
+    Call,
+    Contract,
+    Effect,
+    Record,
+    Request,
+    SendReply,
+    StoreContract,
+    Subject,
+)
 from luacell.broker.registry import ContractRecord, Registry
 from luacell.broker.timers import TimerWheel
 from luacell.broker.workforce import Workforce, backoff_ns
@@ -66,8 +78,20 @@ class Catalogue:
         self.pending[record.id] = contract
         self._workforce.request(contract, now_ns, effects)
 
+    def restore(self, record: ContractRecord) -> str:
+        """Serve a contract that was stored in another life; it is loaded when it is called.
+
+        Returns:
+            "", or why it cannot be served as it was registered.
+        """
+        objection = _objection_to(record.settings)
+        if not objection:
+            self._registry.put(record)
+            self.serving[record.id] = Contract(record)
+        return objection
+
     def load_succeeded(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
-        """A worker has loaded the contract; if that was its registration, it is served from now on."""
+        """A worker has loaded the contract; if that was its registration, it is served once it is stored."""
         contract.failures = 0
         contract.failure = ""
         contract.retry_ns = 0
@@ -76,6 +100,22 @@ class Catalogue:
         if request is None:
             return
         contract.request = None
+        if contract.record.owner is None:
+            self._stop_timer(contract)
+            effects.append(StoreContract(contract, request))
+        else:
+            self._serve(contract, request, now_ns, effects)
+
+    def stored(self, contract: Contract, request: Request, problem: str, now_ns: int, effects: list[Effect]) -> None:
+        """A contract was written to the registry's file, or could not be."""
+        if not problem:
+            self._serve(contract, request, now_ns, effects)
+            return
+        effects.append(SendReply(request, "Unavailable", AbiErrorCode.UNAVAILABLE, problem))
+        del self.pending[contract.record.id]
+        self._retire(contract, now_ns, effects)
+
+    def _serve(self, contract: Contract, request: Request, now_ns: int, effects: list[Effect]) -> None:
         del self.pending[contract.record.id]
         self._set_timer(contract, now_ns + UNCALLED_NS)
         replaced = self._succeed(contract, now_ns, effects)
@@ -183,17 +223,19 @@ class Catalogue:
         """Let workers go: at once where they hold no call, else when it has ended."""
         contract.retired = True
         self._workforce.withdraw(contract)
-        if contract.timer is not None:
-            self._wheel.cancel(contract.timer, contract)
-            contract.timer = None
+        self._stop_timer(contract)
         for worker in list(contract.workers):
             if worker.state not in (BUSY, LEAVING):
                 self._workforce.doom(worker, "its contract is no longer served", now_ns, effects)
 
     def _set_timer(self, contract: Contract, when_ns: int) -> None:
+        self._stop_timer(contract)
+        contract.timer = self._wheel.set(when_ns, contract)
+
+    def _stop_timer(self, contract: Contract) -> None:
         if contract.timer is not None:
             self._wheel.cancel(contract.timer, contract)
-        contract.timer = self._wheel.set(when_ns, contract)
+            contract.timer = None
 
 
 def _objection_to(settings: Settings) -> str:

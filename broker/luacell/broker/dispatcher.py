@@ -44,6 +44,7 @@ from luacell.broker.model import (
     Contract,
     DropPair,
     Effect,
+    Request,
     SendCall,
     SendReleased,
     SendResult,
@@ -409,6 +410,15 @@ class Dispatcher:
         for worker in self.workforce.host_left(now_ns):
             if worker.contract is not None:
                 self.catalogue.staff(worker.contract, now_ns, effects)
+        return effects
+
+    def contract_stored(self, contract: Contract, request: Request, problem: str, now_ns: int) -> list[Effect]:
+        """A registered contract was written to the registry's file, or, with a problem, could not be."""
+        effects: list[Effect] = []
+        self.catalogue.stored(contract, request, problem, now_ns, effects)
+        while contract.idle and contract.queue:  # taken over from the contract that it replaces
+            self._employ(contract.idle.pop(), now_ns, effects)
+        self.catalogue.staff(contract, now_ns, effects)
         return effects
 
     def unregister(self, contract_id: int, now_ns: int) -> list[Effect]:

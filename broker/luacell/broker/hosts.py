@@ -10,11 +10,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from luacell.broker.books import Books, Pair, PairState, Refusal
 from luacell.broker.dispatcher import Dispatcher
+from luacell.broker.keeper import CHANGES_MAX, Keeper
 from luacell.broker.model import DropPair, Effect, Request, SendReply
 from luacell.broker.outbox import Outbox
 from luacell.broker.registry import ContractRecord, Registry
@@ -44,12 +46,13 @@ class Hosts:
     """All hosts of one broker.
 
     Args:
-        dispatcher, books, registry, store: the broker's.
+        dispatcher, books, registry, store, keeper: the broker's.
         outbox: for answers.
         watcher: reads channels and reports deaths.
         perform: performs effects.
         on_calls: acts on the CALL records of a host.
         epoch: random bytes of this broker's life.
+        facts: of this broker's life, for those who ask how it is.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class Hosts:
         perform: Callable[[Iterable[Effect]], None],
         on_calls: Callable[[bytes, Iterable[tuple[int, ...]], int], None],
         epoch: bytes,
+        keeper: Keeper,
+        facts: Mapping[str, Any],
     ) -> None:
         self._dispatcher = dispatcher
         self._books = books
@@ -73,6 +78,8 @@ class Hosts:
         self._perform = perform
         self._on_calls = on_calls
         self._epoch = epoch
+        self._keeper = keeper
+        self._facts = facts
         self.links: dict[bytes, HostLink] = {}
         self._by_channel: dict[socket.socket, HostLink] = {}
         self._handlers: dict[Op, Callable[[bytes, int, bytes], None]] = {
@@ -170,6 +177,9 @@ class Hosts:
         except ValueError as error:
             self._outbox.send_reply(SendReply(request, "BadRequest", AbiErrorCode.BAD_REQUEST, str(error)))
             return
+        if self._keeper.is_full:
+            self._outbox.send_reply(_too_many_changes(request))
+            return
         effects: list[Effect] = []
         now_ns = time.monotonic_ns()
         self._dispatcher.catalogue.register(request, record, replace=asked.replace, now_ns=now_ns, effects=effects)
@@ -182,9 +192,24 @@ class Hosts:
         contract = self._dispatcher.catalogue.serving.get(contract_id)
         if contract is None or contract.record.owner not in (None, peer):
             self._outbox.send_reply(_not_found(request))
-            return
-        self._perform(self._dispatcher.unregister(contract_id, time.monotonic_ns()))
-        self._outbox.send_reply(SendReply(request))
+        elif contract.record.owner == peer:
+            self._perform(self._dispatcher.unregister(contract_id, time.monotonic_ns()))
+            self._outbox.send_reply(SendReply(request))
+        elif self._keeper.is_full:
+            self._outbox.send_reply(_too_many_changes(request))
+        else:
+            self._keeper.remove(contract_id, lambda problem: self._on_removed(request, contract_id, problem))
+
+    def _on_removed(self, request: Request, contract_id: int, problem: str) -> None:
+        """A contract is no longer in the registry's file, or could not be removed and stays."""
+        contract = self._dispatcher.catalogue.serving.get(contract_id)
+        if problem:
+            self._outbox.send_reply(SendReply(request, "Unavailable", AbiErrorCode.UNAVAILABLE, problem))
+        elif contract is None or contract.record.owner is not None:  # another host's request was faster
+            self._outbox.send_reply(_not_found(request))
+        else:
+            self._perform(self._dispatcher.unregister(contract_id, time.monotonic_ns()))
+            self._outbox.send_reply(SendReply(request))
 
     def _on_list(self, peer: bytes, count: int, message: bytes) -> None:
         asked = decode(messages.List, message)
@@ -193,7 +218,7 @@ class Hosts:
 
     def _on_health(self, peer: bytes, count: int, message: bytes) -> None:
         asked = decode(messages.Health, message)
-        body = snapshot(self._dispatcher, self._books) | {"epoch": self._epoch.hex(), "broker_pid": os.getpid()}
+        body = {**self._facts, **snapshot(self._dispatcher, self._books)}
         self._outbox.send_reply(SendReply(Request(peer, asked.request_id), body=body))
 
     def _on_bye(self, peer: bytes, count: int, message: bytes) -> None:
@@ -276,6 +301,11 @@ class Hosts:
             raise ProtocolError(pair.message)
         if self._books.retire(pair):
             self._perform([DropPair(pair)])
+
+
+def _too_many_changes(request: Request) -> SendReply:
+    reason = f"{CHANGES_MAX} changes of the registry wait to be written; try again"
+    return SendReply(request, "Busy", AbiErrorCode.BUSY, reason)
 
 
 def _not_found(request: Request) -> SendReply:

@@ -302,6 +302,13 @@ class SendReply(NamedTuple):
     body: Mapping[str, Any] = {}
 
 
+class StoreContract(NamedTuple):
+    """Write a registered contract to the registry's file; `contract_stored` tells how that went."""
+
+    contract: Contract
+    request: Request
+
+
 class StartWorker(NamedTuple):
     """Order a blank worker from the worker host."""
 
@@ -341,6 +348,7 @@ Effect = (
     | SendFailure
     | SendReleased
     | SendReply
+    | StoreContract
     | StartWorker
     | LoadWorker
     | KillWorker

@@ -6,23 +6,20 @@ It knows files and their modes, not what is spoken over the sockets.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 import stat
-import time
 from pathlib import Path
 from typing import Final
 
-from luacell.protocol.errors import LuacellError
+from luacell.broker.directories import DirectoryError, make_private, take_lock
 from luacell.protocol.memory.channel import SOCKET_PATH_MAX
-from luacell.protocol.paths import BROKER_SOCKET, DESCRIPTOR_SOCKET, LOCK_FILE
+from luacell.protocol.paths import BROKER_SOCKET, DESCRIPTOR_SOCKET, LOCK_FILE, STATE_DIRECTORY, STATE_FILES
 
 _BACKLOG: Final = 256
-_LOCK_RETRY_S: Final = 0.01
 
 
-class RunDirectoryError(LuacellError):
+class RunDirectoryError(DirectoryError):
     """The run directory cannot be used; the text names the path and what to do."""
 
 
@@ -42,8 +39,8 @@ class RunDirectory:
         self.broker_socket = path / BROKER_SOCKET
         self.descriptor_socket = path / DESCRIPTOR_SOCKET
         self._check_length()
-        self._make()
-        self._lock = self._take_lock(lock_wait_s)
+        make_private(path, "run directory", RunDirectoryError)
+        self._lock = take_lock(path / LOCK_FILE, RunDirectoryError, lock_wait_s)
         for stale in (self.broker_socket, self.descriptor_socket):
             _unlink_socket(stale)
 
@@ -72,44 +69,17 @@ class RunDirectory:
                     "choose a shorter --run-dir"
                 )
 
-    def _make(self) -> None:
-        try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = self.path.lstat()
-        except OSError as error:
-            raise RunDirectoryError(f"cannot make the run directory {self.path}: {error.strerror}") from None
-        if not stat.S_ISDIR(found.st_mode):
-            raise RunDirectoryError(f"run directory {self.path} is no directory (symbolic links are refused)")
-        if found.st_uid != os.geteuid():
-            raise RunDirectoryError(f"run directory {self.path} belongs to uid {found.st_uid}, not to {os.geteuid()}")
-        mode = stat.S_IMODE(found.st_mode)
-        if mode & 0o077:
-            raise RunDirectoryError(
-                f"run directory {self.path} has mode {mode:04o}, open to others; use 0700: chmod 700 {self.path}"
-            )
-
-    def _take_lock(self, wait_s: float) -> int:
-        path = self.path / LOCK_FILE
-        try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise RunDirectoryError(f"cannot open {path}: {error.strerror}") from None
-        give_up_s = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return lock
-            except OSError:
-                if time.monotonic() >= give_up_s:
-                    os.close(lock)
-                    raise RunDirectoryError(f"another broker serves {self.path} (it holds {path})") from None
-            time.sleep(_LOCK_RETRY_S)
-
 
 def remove_run_directory(path: Path) -> None:
     """Remove a run directory that nobody holds, and what brokers make in it; anything else stays."""
     _remove_sockets(path)
     (path / LOCK_FILE).unlink(missing_ok=True)
+    state = path / STATE_DIRECTORY
+    if state.is_dir() and not state.is_symlink():
+        for name in STATE_FILES:
+            (state / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            state.rmdir()
     with contextlib.suppress(OSError):
         path.rmdir()
 

@@ -23,9 +23,11 @@ from luacell.broker import model
 from luacell.broker.books import Books, Pair
 from luacell.broker.dispatcher import Dispatcher
 from luacell.broker.hosts import Hosts
+from luacell.broker.keeper import Keeper
 from luacell.broker.model import Effect, SendFailure, Worker
 from luacell.broker.outbox import Outbox, answer_record
-from luacell.broker.registry import Registry
+from luacell.broker.registry import ContractRecord, Registry
+from luacell.broker.registry_store import RegistryStore, StoreError
 from luacell.broker.rundir import RunDirectory
 from luacell.broker.signals import SignalPipe
 from luacell.broker.store import SegmentStore
@@ -37,6 +39,7 @@ from luacell.protocol.headers import Op
 from luacell.protocol.limits import MESSAGE_MAX, NS_PER_MS, NS_PER_S, SESSIONS_MAX
 from luacell.protocol.memory.channel import ChannelClosed, close_all, send_message
 from luacell.protocol.messages import ROUTING_ID_SIZE, decode, encode
+from luacell.protocol.release import __version__
 
 log = logging.getLogger("luacell.broker")
 
@@ -69,9 +72,14 @@ class Server:
     Args:
         run_directory: held by this process; the server binds its sockets there.
         spares: blank workers to keep.
+        registry_store: the registry's file; the server closes it.
+
+    Raises:
+        StoreError: what is in the file cannot be served.
     """
 
-    def __init__(self, run_directory: RunDirectory, spares: int) -> None:
+    def __init__(self, run_directory: RunDirectory, spares: int, registry_store: RegistryStore) -> None:
+        records = registry_store.records()
         self._run_directory = run_directory
         self._epoch = secrets.token_bytes(8)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -82,10 +90,28 @@ class Server:
         self._store = SegmentStore()
         books, registry = Books(), Registry()
         self._dispatcher = dispatcher = Dispatcher(self._store, books, registry, _new_routing_id, spares)
+        self._restore(records, registry_store)
         self._outbox = outbox = Outbox(self._router, self._expel)
         self._workers = Workers(dispatcher, self._store, self._watcher, self._perform, self._on_answers)
+        self._keeper = Keeper(registry_store, lambda tell: self._watcher.order(lambda: WorkDone(tell)))
+        facts = {
+            "version": __version__,
+            "epoch": self._epoch.hex(),
+            "broker_pid": os.getpid(),
+            "state_dir": str(registry_store.path.parent).encode("utf-8", "backslashreplace").decode(),
+        }
         self._hosts = Hosts(
-            dispatcher, books, registry, self._store, outbox, self._watcher, self._perform, self._on_calls, self._epoch
+            dispatcher,
+            books,
+            registry,
+            self._store,
+            outbox,
+            self._watcher,
+            self._perform,
+            self._on_calls,
+            self._epoch,
+            self._keeper,
+            facts,
         )
         self._greeting: dict[socket.socket, None] = {}  # descriptor channels without a name, in order of arrival
         self._worker_of = dispatcher.workforce.by_routing_id
@@ -101,12 +127,21 @@ class Server:
             model.SendFailure: outbox.send_failure,
             model.SendReleased: outbox.send_released,
             model.SendReply: outbox.send_reply,
+            model.StoreContract: self._store_contract,
             model.LoadWorker: outbox.send_load,
             model.StartWorker: self._workers.order_start,
             model.KillWorker: self._workers.order_kill,
             model.DropPair: lambda effect: self._drop_pair(effect.pair),
             model.Record: _write_record,
         }
+
+    def _restore(self, records: list[ContractRecord], registry_store: RegistryStore) -> None:
+        """Serve what was registered in other lives, as it was registered or not at all."""
+        for record in records:
+            objection = self._dispatcher.catalogue.restore(record)
+            if objection:
+                raise StoreError(f"{registry_store.path}: contract {record.title} cannot be served: {objection}")
+        log.info("registry read", extra={"fields": {"path": registry_store.path, "contracts": len(records)}})
 
     def _bind(self) -> None:
         router = self._router
@@ -131,6 +166,7 @@ class Server:
             signals: those that end it.
         """
         self._watcher.start()
+        self._keeper.start()
         if signals is not None:
             self._watcher.watch_signals(signals)
         with contextlib.suppress(Leave):
@@ -157,6 +193,7 @@ class Server:
 
     def close(self) -> None:
         """Close every socket, descriptor and mapping."""
+        self._keeper.stop()
         self._watcher.stop()
         self._hosts.close()
         self._workers.close()
@@ -439,6 +476,14 @@ class Server:
     def _has_pair(self, worker: Worker, pair: Pair) -> bool:
         """Give a worker a pair of segments where it has not seen it; tell whether it has it now."""
         return pair in worker.mapped or self._workers.send_map(worker, pair)
+
+    def _store_contract(self, effect: model.StoreContract) -> None:
+        contract, request = effect
+
+        def report(problem: str) -> None:
+            self._perform(self._dispatcher.contract_stored(contract, request, problem, time.monotonic_ns()))
+
+        self._keeper.put(contract.record, report)
 
     def _drop_pair(self, pair: Pair) -> None:
         """Unmap and close a pair of segments, here and in the workers that have it."""

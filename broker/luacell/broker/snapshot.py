@@ -23,7 +23,7 @@ def snapshot(dispatcher: Dispatcher, books: Books) -> dict[str, Any]:
         "state": "draining" if dispatcher.is_draining else "serving",
         "hosts": len(dispatcher.sessions),
         "contracts": sum(contract.owner is None for contract in serving.values()),
-        "has_worker_host": force.has_host,
+        "worker_host": force.has_host,
         "workers": [
             {
                 "id": worker.id,
@@ -35,6 +35,7 @@ def snapshot(dispatcher: Dispatcher, books: Books) -> dict[str, Any]:
             for worker in force.by_id.values()
         ],
         "spares": len(force.blank),
+        "spares_wanted": force.spares_wanted,
         "pools": _pools(list(serving.values())),
         "queued": sum(len(contract.queue) for contract in serving.values()),
         "slots_in_flight": books.slots_in_flight,

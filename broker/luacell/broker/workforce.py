@@ -54,7 +54,7 @@ class Workforce:
     def __init__(self, wheel: TimerWheel[Subject], new_routing_id: Callable[[], bytes], spares: int) -> None:
         self._wheel = wheel
         self._new_routing_id = new_routing_id
-        self._spares = spares
+        self.spares_wanted = spares
         self._last_id = 0
         self._start_failures = 0
         self._retry_ns = 0
@@ -84,7 +84,7 @@ class Workforce:
         if not self.has_host or now_ns < self._retry_ns:
             return
         starting = self.starting_count
-        missing = self._spares + len(self.waiting) - starting - len(self.blank)
+        missing = self.spares_wanted + len(self.waiting) - starting - len(self.blank)
         room = min(WORKERS_MAX - len(self.by_id), STARTS_AT_ONCE_MAX - starting)
         for _ in range(min(missing, room)):
             self._last_id += 1

@@ -1,42 +1,22 @@
-"""The `luacell` command.
+"""The `luacell` command: its verbs, and those that run the processes of a service.
 
-Each verb is thin: it reads its arguments, calls the public client, and prints. Results go to stdout, errors with a
-hint to stderr. Exit codes: 0 ok, 1 call failed, 2 usage, 3 no such contract, 4 deadline, 5 not allowed, 69 broker
-unreachable.
+Each verb is thin: it reads its arguments, calls the public client, and prints. What only some verbs need is imported
+when they run, so that the command is there at once.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated
 
 import typer
 
-from luacell.client import (
-    ContractNotFound,
-    DeadlineExceeded,
-    LuacellError,
-    LuaFunction,
-    LuaHostBridge,
-    Unauthorized,
-    Unavailable,
-)
-from luacell.protocol.identity import ID_MAX
-from luacell.protocol.limits import SPARES_MAX
-from luacell.protocol.paths import ENDPOINT_VARIABLE, default_run_directory
-
-EXIT_FAILED: Final = 1
-EXIT_USAGE: Final = 2
-EXIT_NOT_FOUND: Final = 3
-EXIT_DEADLINE: Final = 4
-EXIT_NOT_ALLOWED: Final = 5
-EXIT_UNREACHABLE: Final = 69
+from luacell.cli import bench, contracts, health
+from luacell.cli.options import LogLevel, RunDir, Spares, StateDir
+from luacell.protocol.paths import STATE_DIRECTORY, default_run_directory, default_state_directory
+from luacell.protocol.release import __version__
 
 app = typer.Typer(
     help="Lua host contracts, each in a process of its own.",
@@ -46,76 +26,37 @@ app = typer.Typer(
 )
 
 
-class Output(StrEnum):
-    """How results are printed."""
-
-    TEXT = "text"
-    JSON = "json"
-
-
-Endpoint = Annotated[
-    str | None,
-    typer.Option("--endpoint", envvar=ENDPOINT_VARIABLE, help="Run directory of the broker; the default one if unset."),
-]
-OutputFormat = Annotated[Output, typer.Option("--output", help="text or json.")]
-RunDir = Annotated[
-    Path | None,
-    typer.Option("--run-dir", help="Directory of the sockets, mode 0700; the default one if unset."),
-]
-LogLevel = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
-Spares = Annotated[int, typer.Option("--spares", min=0, max=SPARES_MAX, help="Blank workers to keep warm.")]
-ContractName = Annotated[str, typer.Argument(metavar="NAME@V", help="Such as host.kv@1, or an id such as 0x04D2.")]
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"luacell {__version__}")
+        raise typer.Exit
 
 
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Turn errors into a line on stderr and an exit code."""
-    try:
-        yield
-    except LuacellError as error:
-        _fail(str(error), _exit_code(error))
-    except (ValueError, OSError) as error:
-        _fail(str(error), EXIT_USAGE)
-
-
-def _fail(text: str, code: int) -> None:
-    typer.echo(f"luacell: {text}", err=True)
-    raise typer.Exit(code)
-
-
-def _exit_code(error: LuacellError) -> int:
-    codes = {
-        Unavailable: EXIT_UNREACHABLE,
-        ContractNotFound: EXIT_NOT_FOUND,
-        DeadlineExceeded: EXIT_DEADLINE,
-        Unauthorized: EXIT_NOT_ALLOWED,
-    }
-    return next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_FAILED)
-
-
-def _contract(text: str) -> int | str:
-    if not text.lower().startswith("0x"):
-        return text
-    value = int(text, 16)
-    if value > ID_MAX:
-        raise ValueError(f"contract id {text} has more than 64 bits")
-    return value
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
+@app.callback()
+def luacell(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Lua host contracts, each in a process of its own."""
 
 
 @app.command()
-def serve(run_dir: RunDir = None, spares: Spares = 1, log_level: LogLevel = "info") -> None:
+def serve(run_dir: RunDir = None, state_dir: StateDir = None, spares: Spares = 1, log_level: LogLevel = "info") -> None:
     """Run a whole service in the foreground: broker, worker host and their parent."""
-    _become("luacell.cli.serve", _run_dir(run_dir), "--spares", str(spares), "--log-level", log_level)
+    state = str(_state_dir(run_dir, state_dir))
+    options = ("--state-dir", state, "--spares", str(spares), "--log-level", log_level)
+    _become("luacell.cli.serve", _run_dir(run_dir), *options)
 
 
 @app.command()
-def broker(run_dir: RunDir = None, spares: Spares = 1, log_level: LogLevel = "info") -> None:
+def broker(
+    run_dir: RunDir = None, state_dir: StateDir = None, spares: Spares = 1, log_level: LogLevel = "info"
+) -> None:
     """Run a broker alone, as containers do."""
-    _become("luacell.broker", _run_dir(run_dir), "--spares", str(spares), "--log-level", log_level)
+    state = str(_state_dir(run_dir, state_dir))
+    options = ("--state-dir", state, "--spares", str(spares), "--log-level", log_level)
+    _become("luacell.broker", _run_dir(run_dir), *options)
 
 
 @app.command("worker-host")
@@ -125,7 +66,16 @@ def worker_host(run_dir: RunDir = None, log_level: LogLevel = "info") -> None:
 
 
 def _run_dir(given: Path | None) -> Path:
-    return given if given is not None else Path(default_run_directory(os.environ))
+    return given.absolute() if given is not None else Path(default_run_directory(os.environ))
+
+
+def _state_dir(run_dir: Path | None, given: Path | None) -> Path:
+    """Return the state directory: what belongs to a place of its own stays there."""
+    if given is not None:
+        return given.absolute()
+    if run_dir is not None:
+        return run_dir.absolute() / STATE_DIRECTORY
+    return Path(default_state_directory(os.environ, os.path.expanduser("~"), is_root=os.geteuid() == 0))
 
 
 def _become(module: str, run_dir: Path, *options: str) -> None:
@@ -134,98 +84,12 @@ def _become(module: str, run_dir: Path, *options: str) -> None:
     os.execv(sys.executable, [sys.executable, "-P", "-m", module, "--run-dir", str(run_dir), *options])
 
 
-@app.command()
-def deploy(
-    directory: Annotated[Path, typer.Argument(help="Directory with a luacell.toml.")],
-    endpoint: Endpoint = None,
-    output: OutputFormat = Output.TEXT,
-) -> None:
-    """Register all contracts of a directory, or none."""
-    with _reported(), LuaHostBridge.connect(endpoint) as bridge:
-        names = bridge.deploy(directory)
-        _print_json({"deployed": names}) if output is Output.JSON else typer.echo("\n".join(names))
-
-
-@app.command()
-def register(
-    contract: ContractName,
-    file: Annotated[Path, typer.Argument(help="A Lua file that evaluates to the function.")],
-    replace: Annotated[bool, typer.Option("--replace", help="Take the place of a registered contract.")] = False,
-    endpoint: Endpoint = None,
-) -> None:
-    """Register one contract from one file."""
-    with _reported():
-        function = LuaFunction.from_file(file)
-        with LuaHostBridge.connect(endpoint) as bridge:
-            bridge.register_host_contract(_contract(contract), function, replace=replace)
-
-
-@app.command()
-def unregister(contract: ContractName, endpoint: Endpoint = None) -> None:
-    """Remove a contract; its running calls end first."""
-    with _reported(), LuaHostBridge.connect(endpoint) as bridge:
-        bridge.unregister_host_contract(_contract(contract))
-
-
-@app.command()
-def call(
-    contract: ContractName,
-    function: Annotated[int, typer.Argument(metavar="FUNCTION", min=0, help="Function id.")],
-    args_hex: Annotated[str | None, typer.Option("--args-hex", help="Arguments as hex digits.")] = None,
-    args_file: Annotated[Path | None, typer.Option("--args-file", help="File with the arguments.")] = None,
-    out_size: Annotated[int, typer.Option("--out-size", min=0, help="Bytes the function may write.")] = 0,
-    timeout: Annotated[
-        float | None, typer.Option("--timeout", help="Seconds; the contract's deadline if unset.")
-    ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Write the bytes themselves to stdout.")] = False,
-    endpoint: Endpoint = None,
-    output: OutputFormat = Output.TEXT,
-) -> None:
-    """Call a function by id with raw bytes; prints what it wrote as hex digits."""
-    with _reported():
-        if args_hex is not None and args_file is not None:
-            raise ValueError("--args-hex and --args-file exclude each other")
-        args = bytes.fromhex(args_hex) if args_hex is not None else args_file.read_bytes() if args_file else b""
-        with LuaHostBridge.connect(endpoint) as bridge:
-            result = bridge.call(_contract(contract), function, args, out_size, timeout=timeout)
-    if raw:
-        sys.stdout.buffer.write(result)
-    elif output is Output.JSON:
-        _print_json({"out": result.hex()})
-    elif result:
-        typer.echo(result.hex())
-
-
-@app.command("ls")
-def list_contracts(endpoint: Endpoint = None, output: OutputFormat = Output.TEXT) -> None:
-    """List the registered contracts."""
-    with _reported(), LuaHostBridge.connect(endpoint) as bridge:
-        found = bridge.contracts()
-    if output is Output.JSON:
-        _print_json([{**_fields(info), "id": f"{info.id:016X}"} for info in found])
-        return
-    for info in found:
-        kind = f"stateless, {info.workers} workers" if info.stateless else "stateful"
-        typer.echo(f"{info.id:016X}  {info.name or '-'}  {info.version or '-'}  {info.deadline:g} s  {kind}")
-
-
-def _fields(info: Any) -> dict[str, Any]:
-    return {name: getattr(info, name) for name in info.__dataclass_fields__}
-
-
-@app.command()
-def health(endpoint: Endpoint = None, output: OutputFormat = Output.TEXT) -> None:
-    """Show how the service is."""
-    with _reported(), LuaHostBridge.connect(endpoint) as bridge:
-        state = bridge.health()
-    if output is Output.JSON:
-        _print_json(state)
-        return
-    for key, value in state.items():
-        if key != "workers":
-            typer.echo(f"{key}: {value}")
-    for worker in state["workers"]:
-        typer.echo(f"worker {worker['pid']}  {worker['state']}  {worker['contract'] or '-'}  {worker['served']} calls")
+app.command()(contracts.deploy)
+app.command()(contracts.register)
+app.command()(contracts.unregister)
+app.command()(contracts.call)
+app.command("ls")(contracts.list_contracts)
+app.command()(health.health)
 
 
 @app.command()
@@ -234,3 +98,6 @@ def demo() -> None:
     from luacell.cli.demo import run_demo
 
     raise typer.Exit(run_demo())
+
+
+app.command()(bench.bench)

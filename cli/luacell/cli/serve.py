@@ -163,6 +163,7 @@ class Parent:
     def _broker_command(self, report: int) -> list[str]:
         options = self._options
         own = ["--spares", str(options.spares), "--ready-fd", str(report)]
+        own += ["--state-dir", str(options.state_dir)] if options.state_dir else []
         return [*self._command("luacell.broker"), *own, *(["--ephemeral"] if options.ephemeral else [])]
 
     def _on_ready(self) -> None:
@@ -303,6 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="luacell serve")
     parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--state-dir", type=Path, help="RUN_DIR/state if not given")
     parser.add_argument("--spares", type=int, default=1)
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--host", type=int, help="pid of the host to end with")

@@ -336,7 +336,7 @@ class LuaHostBridge:
 
     # -- the rest -------------------------------------------------------------------------------------------------
     def health(self) -> dict[str, Any]:
-        """Return how the service is: hosts, contracts, workers (pid, contract, state), queues, memory, deaths."""
+        """Return how the service is: version, hosts, contracts, workers (pid, contract, state), queues, deaths."""
         return dict(self._request(lambda number: messages.Health(request_id=number)).body)
 
     def runtime_type(self) -> SupportedLanguage:

@@ -1,4 +1,4 @@
-"""Names of the files in a run directory, and the default directory; it opens nothing."""
+"""Names of the files in run and state directories, and the default directories; it opens nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Final
 BROKER_SOCKET: Final = "broker.sock"
 DESCRIPTOR_SOCKET: Final = "fd.sock"
 LOCK_FILE: Final = "broker.lock"
+STATE_DIRECTORY: Final = "state"  # in a run directory that was chosen without a state directory
+REGISTRY_FILE: Final = "registry.db"
+STATE_LOCK_FILE: Final = "registry.lock"
+STATE_FILES: Final = (REGISTRY_FILE, f"{REGISTRY_FILE}-wal", f"{REGISTRY_FILE}-shm", STATE_LOCK_FILE)
 EMBEDDED_PREFIX: Final = "luacell-"
 ENDPOINT_VARIABLE: Final = "LUACELL_ENDPOINT"
 
@@ -24,3 +28,21 @@ def default_run_directory(environment: Mapping[str, str]) -> PurePath:
     """
     runtime = environment.get("XDG_RUNTIME_DIR", "")
     return PurePath(runtime) / "luacell" if runtime else PurePath("/run/luacell")
+
+
+def default_state_directory(environment: Mapping[str, str], home: str, *, is_root: bool) -> PurePath:
+    """Return the state directory of a service in the default run directory.
+
+    Args:
+        environment: of the process.
+        home: the user's home directory.
+        is_root: whether the user is root.
+
+    Returns:
+        `$XDG_STATE_HOME/luacell`; where that variable is unset `/var/lib/luacell` for root, and
+        `~/.local/state/luacell` for anybody else.
+    """
+    state = environment.get("XDG_STATE_HOME", "")
+    if state:
+        return PurePath(state) / "luacell"
+    return PurePath("/var/lib/luacell") if is_root else PurePath(home) / ".local/state/luacell"

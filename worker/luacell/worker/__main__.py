@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     _separate_from_terminal()
     _raise_descriptor_limit()
     try:
-        host = WorkerHost(options.run_dir, CONNECT_LIMIT_S, signals)
+        host = WorkerHost(options.run_dir.absolute(), CONNECT_LIMIT_S, signals)  # workers leave for "/"
     except InterruptedError:
         return 0
     except OSError as error:
