@@ -475,7 +475,7 @@ def test_state_that_cannot_be_served_is_refused_by_name(
 ) -> None:
     prepare(state)
     ended = run_broker(run, "--state-dir", str(state))
-    assert ended.returncode == 1
+    assert ended.returncode == 78
     assert str(state) in ended.stderr
     assert reason in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -488,7 +488,7 @@ def test_state_that_cannot_be_written_is_refused_by_name(run: Path, state: Path,
     (state / REGISTRY_FILE).chmod(mode)
     state.chmod(0o700 if mode == 0o400 else 0o500)
     ended = run_broker(run, "--state-dir", str(state), prefix=AS_THE_FILES_SAY)
-    assert ended.returncode == 1
+    assert ended.returncode == 78
     assert f"cannot open {state / REGISTRY_FILE}: " in ended.stderr
     assert "Traceback" not in ended.stderr
     state.chmod(0o700)
@@ -501,7 +501,7 @@ def test_second_broker_on_a_state_directory_refuses_and_the_first_goes_on(run: P
     with Serving(run, state_directory=state), LuaHostBridge.connect(run) as bridge:
         bridge.register_host_contract(PROBE, LuaFunction(DOUBLE))
         ended = run_broker(home / "other", "--state-dir", str(state))
-        assert ended.returncode == 1
+        assert ended.returncode == 78
         assert f"another broker serves {state} (it holds {state / STATE_LOCK_FILE})" in ended.stderr
         assert answers(bridge, PROBE)
     with Serving(home / "other", state_directory=state), LuaHostBridge.connect(home / "other") as bridge:
