@@ -18,7 +18,7 @@ PYTHON = (sys.executable, "-P")
 class Serving:
     """`serve` on a run directory, ready to be connected to; stopped at the end of the block."""
 
-    def __init__(self, run_directory: Path) -> None:
+    def __init__(self, run_directory: Path, *options: str) -> None:
         self.run_directory = run_directory
         # A file: a pipe that nobody reads would stop it one day.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
@@ -31,6 +31,7 @@ class Serving:
             str(run_directory),
             "--log-level",
             "error",
+            *options,
         ]
         try:
             self.process = subprocess.Popen(

@@ -21,6 +21,7 @@ from typing import Final
 from luacell.broker.rundir import RunDirectory, RunDirectoryError
 from luacell.broker.server import Server
 from luacell.broker.signals import SignalPipe
+from luacell.protocol.endpoints import TcpEndpoint, parse_tcp
 from luacell.protocol.limits import SPARES_MAX
 from luacell.protocol.logs import configure_logging
 
@@ -41,7 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.parent:
         _end_with(options.parent, run_directory, options.ephemeral)
     signals = SignalPipe((signal.SIGTERM, signal.SIGINT))
-    server = Server(run_directory, options.spares)
+    try:
+        server = Server(run_directory, options.spares, options.tcp)
+    except OSError as error:
+        print(f"luacell broker: {error.strerror}", file=sys.stderr)
+        run_directory.close(remove=options.ephemeral)
+        return 1
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     if options.ready_fd is not None:
@@ -61,6 +67,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="luacell broker", description="Run a broker.")
     parser.add_argument("--run-dir", type=Path, required=True, help="directory of its sockets, mode 0700")
     parser.add_argument("--spares", type=_spares, default=1, help="blank workers to keep warm")
+    parser.add_argument("--tcp", type=_tcp, help="tcp://HOST:PORT on loopback for hosts without shared memory")
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--parent", type=int, help="pid to end with")
     parser.add_argument("--ephemeral", action="store_true", help="remove the run directory at the end")
@@ -73,6 +80,13 @@ def _spares(text: str) -> int:
     if not 0 <= value <= SPARES_MAX:
         raise argparse.ArgumentTypeError(f"{value} is outside 0..{SPARES_MAX}")
     return value
+
+
+def _tcp(text: str) -> TcpEndpoint:
+    try:
+        return parse_tcp(text, may_choose=True)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _raise_descriptor_limit() -> None:

@@ -27,6 +27,7 @@ from luacell.client import (
     Unauthorized,
     Unavailable,
 )
+from luacell.protocol.endpoints import parse_tcp
 from luacell.protocol.identity import ID_MAX
 from luacell.protocol.limits import SPARES_MAX
 from luacell.protocol.paths import ENDPOINT_VARIABLE, default_run_directory
@@ -55,7 +56,11 @@ class Output(StrEnum):
 
 Endpoint = Annotated[
     str | None,
-    typer.Option("--endpoint", envvar=ENDPOINT_VARIABLE, help="Run directory of the broker; the default one if unset."),
+    typer.Option(
+        "--endpoint",
+        envvar=ENDPOINT_VARIABLE,
+        help="Run directory of the broker, or tcp://127.0.0.1:PORT; the default directory if unset.",
+    ),
 ]
 OutputFormat = Annotated[Output, typer.Option("--output", help="text or json.")]
 RunDir = Annotated[
@@ -64,6 +69,10 @@ RunDir = Annotated[
 ]
 LogLevel = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
 Spares = Annotated[int, typer.Option("--spares", min=0, max=SPARES_MAX, help="Blank workers to keep warm.")]
+Tcp = Annotated[
+    str | None,
+    typer.Option("--tcp", help="tcp://127.0.0.1:PORT for hosts without shared memory; port 0 lets the system choose."),
+]
 ContractName = Annotated[str, typer.Argument(metavar="NAME@V", help="Such as host.kv@1, or an id such as 0x04D2.")]
 
 
@@ -107,17 +116,22 @@ def _print_json(value: Any) -> None:
 
 
 @app.command()
-def serve(run_dir: RunDir = None, spares: Spares = 1, log_level: LogLevel = "info") -> None:
+def serve(run_dir: RunDir = None, tcp: Tcp = None, spares: Spares = 1, log_level: LogLevel = "info") -> None:
     """Run a whole service in the foreground: broker, worker host and their parent."""
     from luacell.cli import serve as parent
 
-    raise typer.Exit(parent.run(_run_dir(run_dir), spares, log_level))
+    with _reported():
+        _check_tcp(tcp)
+    raise typer.Exit(parent.run(_run_dir(run_dir), spares, log_level, tcp))
 
 
 @app.command()
-def broker(run_dir: RunDir = None, spares: Spares = 1, log_level: LogLevel = "info") -> None:
+def broker(run_dir: RunDir = None, tcp: Tcp = None, spares: Spares = 1, log_level: LogLevel = "info") -> None:
     """Run a broker alone, as containers do."""
-    _become("luacell.broker", _run_dir(run_dir), "--spares", str(spares), "--log-level", log_level)
+    with _reported():
+        _check_tcp(tcp)
+    listen = ["--tcp", tcp] if tcp is not None else []
+    _become("luacell.broker", _run_dir(run_dir), "--spares", str(spares), "--log-level", log_level, *listen)
 
 
 @app.command("worker-host")
@@ -128,6 +142,12 @@ def worker_host(run_dir: RunDir = None, log_level: LogLevel = "info") -> None:
 
 def _run_dir(given: Path | None) -> Path:
     return given if given is not None else Path(default_run_directory(os.environ))
+
+
+def _check_tcp(tcp: str | None) -> None:
+    """Refuse an endpoint that a broker would refuse, before anything is started."""
+    if tcp is not None:
+        parse_tcp(tcp, may_choose=True)
 
 
 def _become(module: str, run_dir: Path, *options: str) -> None:

@@ -96,6 +96,7 @@ class Parent:
             str(os.getpid()),
         ]
         broker = [sys.executable, "-P", "-m", "luacell.broker", *common, "--spares", str(options.spares)]
+        broker += ["--tcp", options.tcp] if options.tcp is not None else []
         broker += ["--ready-fd", str(report), *(["--ephemeral"] if options.ephemeral else [])]
         worker_host = [sys.executable, "-P", "-m", "luacell.worker", *common]
         for name, command, pass_fds in (("broker", broker, [report]), ("worker host", worker_host, [])):
@@ -141,11 +142,11 @@ class Parent:
             remove_run_directory(self._options.run_dir)
 
 
-def run(run_dir: Path, spares: int, log_level: str) -> int:
+def run(run_dir: Path, spares: int, log_level: str, tcp: str | None = None) -> int:
     """Serve in the foreground, as `luacell serve` does; return the exit code."""
     return Parent(
         argparse.Namespace(
-            run_dir=run_dir, spares=spares, log_level=log_level, host=None, ready_fd=None, ephemeral=False
+            run_dir=run_dir, spares=spares, log_level=log_level, tcp=tcp, host=None, ready_fd=None, ephemeral=False
         )
     ).run()
 
@@ -156,6 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--spares", type=int, default=1)
     parser.add_argument("--log-level", default="info")
+    parser.add_argument("--tcp", help="tcp://HOST:PORT on loopback for hosts without shared memory")
     parser.add_argument("--host", type=int, help="pid of the host to end with")
     parser.add_argument("--ready-fd", type=int, help="descriptor to write a byte to when serving")
     parser.add_argument("--ephemeral", action="store_true", help="remove the run directory at the end")
