@@ -72,7 +72,7 @@ class Serving:
         self.stop()
 
 
-def run_broker(run_directory: Path | str) -> subprocess.CompletedProcess[str]:
+def run_broker(run_directory: Path | str, *options: str) -> subprocess.CompletedProcess[str]:
     """Run a broker that must refuse to start; return how it ended."""
-    command = [*PYTHON, "-m", "luacell.broker", "--run-dir", str(run_directory)]
+    command = [*PYTHON, "-m", "luacell.broker", "--run-dir", str(run_directory), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
