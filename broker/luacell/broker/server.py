@@ -277,7 +277,11 @@ class Server:
         """
         host = self._inline.hosts.get(peer)
         if self._router.getsockopt(zmq.RCVMORE):
-            self._find_step(peer, message)
+            if host is None:
+                self._find_step(peer, message)
+            else:
+                self._drain()
+                self._refuse_peer(peer, "a message of more frames than one")
             return
         try:
             op, count = headers.parse_preamble(message)
@@ -285,7 +289,7 @@ class Server:
                 self._inline.on_message(host, op, count, message)
             elif host is not None and op in _INLINE_CONTROL:
                 self._hosts.on_message(peer, op, count, message)
-            elif op is Op.HELLO and is_inline_id(peer):
+            elif op is Op.HELLO and _is_inline_id(peer):
                 self._greet_inline(peer, host, decode(messages.Hello, message).role)
             elif host is None:
                 self._find_step(peer, message)
@@ -320,11 +324,14 @@ class Server:
         if more and self._is_known(message):
             self._handle(message, self._router.recv(), time.monotonic_ns())
             return
-        while more:
+        self._drain()
+        if not self._is_known(peer):
+            self._refuse_peer(peer, UNKNOWN)
+
+    def _drain(self) -> None:
+        """Drop what is left of the message whose first frames were read."""
+        while self._router.getsockopt(zmq.RCVMORE):
             self._router.recv()
-            more = bool(self._router.getsockopt(zmq.RCVMORE))
-        if peer not in self._hosts.links and peer not in self._worker_of:
-            self._refuse_peer(peer, UNKNOWN if peer not in self._inline.hosts else "a message of more frames than one")
 
     def _is_known(self, peer: bytes) -> bool:
         return (
@@ -457,7 +464,7 @@ def _new_routing_id() -> bytes:
     return b"\xff" + secrets.token_bytes(ROUTING_ID_SIZE - 1)
 
 
-def is_inline_id(peer: bytes) -> bool:
+def _is_inline_id(peer: bytes) -> bool:
     """Whether a routing id is one that a host without shared memory may choose; libzmq's own start with 0."""
     return len(peer) == ROUTING_ID_SIZE and peer[0] != 0
 

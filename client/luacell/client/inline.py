@@ -28,6 +28,7 @@ from luacell.protocol.headers import HAS_ARGS, HAS_OUT, Op
 from luacell.protocol.limits import (
     CALLS_IN_FLIGHT_MAX,
     DEADLINE_MAX_US,
+    ERROR_TEXT_MAX,
     INLINE_PIECE,
     INLINE_SMALL_MAX,
     INLINE_STALL_NS,
@@ -92,18 +93,27 @@ class InlinePending(Pending):
 
     Attributes:
         args: all of its arguments.
+        out_size: bytes of results that were asked for.
         sent: how many bytes of them were sent.
         record: of its RESULT_INLINE, or None so far.
-        result: the bytes that came, all of them in the end.
-        received: how many came.
+        total: bytes of its results, or of the error's text.
+        pieces: of these, by offset, in order; all of them in the end.
+        received: bytes that came.
     """
 
-    def __init__(self, args: memoryview) -> None:
+    def __init__(self, args: memoryview, out_size: int) -> None:
         self.args = args
+        self.out_size = out_size
         self.sent = min(len(args), INLINE_PIECE)
         self.record: tuple[int, ...] | None = None
-        self.result: bytearray | bytes = b""
+        self.total = 0
+        self.pieces: dict[int, bytes] = {}
         self.received = 0
+
+    @property
+    def result(self) -> bytes:
+        """The bytes that came, as one."""
+        return self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces.values())
 
 
 class InlineSession(Session):
@@ -205,12 +215,11 @@ class InlineSession(Session):
         pending = self._find(result.call_id)
         if pending is None:
             return
-        total = result.out_size + result.error_size
+        if result.out_size > pending.out_size or result.error_size > ERROR_TEXT_MAX:
+            sizes = f"{result.out_size} bytes of results and {result.error_size} of an error's text"
+            raise ProtocolError(f"RESULT_INLINE of call {result.call_id} has {sizes}")
+        pending.total = result.out_size + result.error_size
         pending.record = record
-        if len(piece) == total:
-            pending.result = bytes(piece)
-        elif not pending.result:
-            pending.result = bytearray(total)
         self._keep(pending, 0, piece)
 
     def _on_piece(self, record: tuple[int, ...], data: memoryview) -> None:
@@ -219,18 +228,20 @@ class InlineSession(Session):
         if pending is None:
             return
         end = piece.offset + piece.size
-        if pending.record is None or piece.offset > pending.received or end > len(pending.result):
-            text = f"{piece.size} bytes at {piece.offset}, with {pending.received} of {len(pending.result)} received"
+        if pending.record is None or piece.offset > pending.received or end > pending.total:
+            text = f"{piece.size} bytes at {piece.offset}, with {pending.received} of {pending.total} received"
             raise ProtocolError(f"PIECE of call {piece.call_id} has {text}")
         self._keep(pending, piece.offset, data)
 
     def _keep(self, pending: InlinePending, offset: int, piece: memoryview) -> None:
-        """Store a piece of a result, acknowledge it, and end the wait when it is the last one."""
+        """Store a piece of a result, acknowledge it, and end the wait when it is the last one.
+
+        Where an interrupt breaks that off, doing it again is no harm.
+        """
         assert pending.record is not None
-        if isinstance(pending.result, bytearray):
-            pending.result[offset : offset + len(piece)] = piece
+        pending.pieces[offset] = bytes(piece)
         pending.received = max(pending.received, offset + len(piece))
-        call_id, total = pending.record[0], len(pending.result)
+        call_id, total = pending.record[0], pending.total
         if total > INLINE_SMALL_MAX:
             self._say(headers.encode_records(Op.MORE, [(call_id, pending.received, 0)]))
         if pending.received == total:
@@ -329,7 +340,7 @@ class InlineCalls:
     ) -> bytes:
         """Make a call and wait for its answer; as `Calls.call`."""
         session = self._session
-        pending = InlinePending(memoryview(args if args is not None else b""))
+        pending = InlinePending(memoryview(args if args is not None else b""), out_size)
         call_id = pending.call_id = next(self._ids)
         flags = (HAS_ARGS if args is not None else 0) | (HAS_OUT if out_size or out is not None else 0)
         size = len(pending.args)
@@ -374,8 +385,9 @@ def _value(pending: InlinePending, contract_id: int, fn_id: int, out: memoryview
         raise_for(answer, contract_id, fn_id)
     code = answer[1]
     if code != 0:
-        raise_from_slot(code, bytes(pending.result))
+        raise_from_slot(code, pending.result)
     if out is None:
-        return bytes(pending.result)
-    out[: len(pending.result)] = pending.result
+        return pending.result
+    for offset, piece in pending.pieces.items():
+        out[offset : offset + len(piece)] = piece
     return b""
