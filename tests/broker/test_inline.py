@@ -455,6 +455,9 @@ def test_what_waits_for_memory_is_bounded(service: Service, monkeypatch: pytest.
     assert (failed.code, failed.call_id) == (AbiErrorCode.BUSY, 2)
     assert "of all hosts" in failed.limit
     service.hosts.left(other)
+    service.hosts.joined(other)
+    service.call(1, bytes(INLINE_PIECE), host=other, args_size=MIB)
+    assert service.heard(other) == [], "what another held counts no more"
     service.work()
     assert [op for op, _ in service.heard()] == [Op.MORE] * 2
 

@@ -186,7 +186,7 @@ class InlineHosts:
         self.hosts: dict[bytes, InlineHost] = {}
         outbox.correspondents = self.hosts
         self.backlog: deque[InlineHost | InlineArena] = deque()
-        self._probes: deque[InlineHost] = deque()  # in order of their next probe
+        self._probes: dict[InlineHost, None] = {}  # in order of their next probe
         self._wheel: TimerWheel[InlineCall] = TimerWheel()
         self._ids = count(1)
         self._held_bytes = 0
@@ -202,7 +202,7 @@ class InlineHosts:
     def joined(self, peer: bytes) -> None:
         """A host has introduced itself."""
         host = self.hosts[peer] = InlineHost(peer, self, self._clock())
-        self._probes.append(host)
+        self._probes[host] = None
         self._dispatcher.host_joined(peer)
 
     def left(self, peer: bytes) -> None:
@@ -211,6 +211,7 @@ class InlineHosts:
         if host is None:
             return
         host.is_gone = True
+        del self._probes[host]
         for call in host.calls.values():
             self._stop_timer(call)
         self._held_bytes -= host.held_bytes
@@ -299,8 +300,8 @@ class InlineHosts:
         self._put_in_backlog(arena)
 
     def _wait_no_more(self, call: InlineCall) -> None:
-        arena = call.host.arenas[call.asked.contract_id]
-        if call in arena.waiting:
+        arena = call.host.arenas.get(call.asked.contract_id)
+        if arena is not None and call in arena.waiting:
             del arena.waiting[call]
             call.host.held_bytes -= len(call.first)
             self._held_bytes -= len(call.first)
@@ -563,14 +564,13 @@ class InlineHosts:
             call.timer = None
             self._expired(call)
         for _ in range(min(len(self._probes), PROBES_PER_TURN)):
-            host = self._probes[0]
-            if not host.is_gone and host.probe_ns > now_ns:
+            host = next(iter(self._probes), None)
+            if host is None or host.probe_ns > now_ns:
                 return
-            self._probes.popleft()
-            if not host.is_gone:
-                host.probe_ns = now_ns + INLINE_PROBE_NS
-                self._probes.append(host)
-                self._look_after(host, now_ns)
+            del self._probes[host]
+            self._probes[host] = None
+            host.probe_ns = now_ns + INLINE_PROBE_NS
+            self._look_after(host, now_ns)
 
     def _expired(self, call: InlineCall) -> None:
         bound = f"deadline {(call.deadline_ns - call.arrived_ns) / NS_PER_S:g} s"

@@ -176,8 +176,10 @@ class InlineMemory:
         shape = SlotShape.for_payloads(args_size, out_size, arena.slots_wanted(args_size, out_size))
         pair = self._books.plan_pair(owner, arena.contract_id, shape)
         if isinstance(pair, Refusal):
-            for each in arena.host.arenas.values():
+            for each in list(arena.host.arenas.values()):
                 self.give_back_idle(each, now_ns)
+            if arena.host.is_gone:  # what was sent meanwhile has shown it
+                return pair
             pair = self._books.plan_pair(owner, arena.contract_id, shape)
         if isinstance(pair, Refusal):
             return pair
