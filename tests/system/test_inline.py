@@ -860,7 +860,7 @@ def test_end_of_the_broker_is_seen_at_once(tmp_path: Path) -> None:
             ThreadPoolExecutor(2) as pool,
         ):
             calls = [pool.submit(failure, each, PROBE) for each in (tcp, ipc)]
-            eventually(lambda: local.health()["slots_in_flight"] == 1, "a call is running")
+            eventually(lambda: local.health()["slots_in_flight"] == 2, "both calls are there")
             processes.broker.kill()
             with Stopwatch() as taken:
                 assert all(isinstance(call.result(), Unavailable) for call in calls)
