@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -43,7 +43,7 @@ from luacell.protocol.limits import (
 from luacell.protocol.messages import encode
 from tests.support.contracts import DOUBLE, ECHO, HEALTHY, PROBE, Stopwatch, answers, deploy, failure, function
 from tests.support.peers import InlinePeer, Peer
-from tests.support.processes import Process, Processes, broker_pid, resident_kib, worker_of
+from tests.support.processes import Process, Processes, broker_pid, resident_kib, workers_of
 from tests.support.serving import Serving, run_broker
 from tests.support.waiting import LIMIT_S, eventually, readable, settles
 
@@ -287,9 +287,16 @@ def test_worker_that_is_killed_is_told_to_its_caller(place: Place, bridge: LuaHo
     try:
         with ThreadPoolExecutor(1) as pool:
             call = pool.submit(failure, bridge, "host.endless@1", args=noise(MIB), out_size=MIB)
-            with closing(worker_of(place.local, "host.endless@1")) as worker:
-                eventually(lambda: place.local.health()["slots_in_flight"] == 1, "the call has its worker")
-                worker.kill()
+
+            def kill_until_told() -> bool:
+                """Kill its worker, and the next one where the call had not been begun yet."""
+                for pid in workers_of(place.local, "host.endless@1"):
+                    with suppress(AssertionError, ProcessLookupError), closing(Process(pid)) as worker:
+                        worker.kill()
+                return call.done()
+
+            eventually(lambda: place.local.health()["slots_in_flight"] == 1, "the call is there")
+            eventually(kill_until_told, "the call is answered")
             error = call.result()
         assert isinstance(error, WorkerCrashed)
         assert error.signal == signal.SIGKILL
