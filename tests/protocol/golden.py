@@ -8,7 +8,7 @@ protocol.
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from luacell.protocol import messages
 from luacell.protocol.fields import encode
@@ -19,10 +19,14 @@ from luacell.protocol.headers import (
     RETIRE,
     SLOT_FREE,
     Call,
+    CallInline,
     Done,
     Execute,
+    More,
     Op,
+    Piece,
     Result,
+    encode_inline,
     encode_records,
 )
 from tests.protocol.support import CallId
@@ -39,10 +43,21 @@ CALL: Final = Call(1, _LOGGER, 5, 250_000, 7, 0x0001_0002, 3, HAS_ARGS | HAS_OUT
 BARE_CALL: Final = Call(2**64 - 1, 2**64 - 1, 2**32 - 1, 0, 0, 0, 2**32 - 1, 0, 0, 0)
 EXECUTE: Final = Execute(9, 123_456_789_012_345, 5, 1_000_000, 7, 0x0001_0002, 3, HAS_ARGS | HAS_OUT, 24, 8, 0)
 
+INLINE_CALL: Final = CallInline(1, _LOGGER, 5, 250_000, HAS_ARGS | HAS_OUT, 5, 8)
+
+
+class WithPiece(NamedTuple):
+    """A record and the bytes that follow it."""
+
+    record: Any
+    piece: bytes
+
+
 EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
     Op.HELLO: {
         "a host": messages.Hello(role="host"),
         "a worker host": messages.Hello(role="worker-host"),
+        "a host without shared memory": messages.Hello(role="inline"),
     },
     Op.CALL: {
         "one call": [CALL],
@@ -88,6 +103,10 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
     Op.LIST: {"the second page": messages.List(request_id=3, first=500)},
     Op.HEALTH: {"a question": messages.Health(request_id=4)},
     Op.LEASE: {"16 slots": messages.Lease(request_id=5, contract=_CONTRACT, args_size=24, out_size=8, count=16)},
+    Op.CALL_INLINE: {
+        "with all its arguments": WithPiece(INLINE_CALL, b"hello"),
+        "without buffers and with the contract's own deadline": WithPiece(CallInline(2, _LOGGER, 6, 0, 0, 0, 0), b""),
+    },
     Op.WELCOME: {
         "over fd.sock, to a host": messages.Welcome(routing_id=_ROUTING_ID, epoch=_EPOCH, broker_pid=4321),
         "over ZeroMQ, or to a worker host": messages.Welcome(routing_id=b"", epoch=_EPOCH, broker_pid=4321),
@@ -156,6 +175,11 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
             deadline_us=250_000,
         )
     },
+    Op.RESULT_INLINE: {
+        "a value": WithPiece(Result(1, 0, 8, 0, 0), b"result 1"),
+        "an error of the contract": WithPiece(Result(2, 102, 0, 4, 0), b"boom"),
+    },
+    Op.PROBE: {"a look whether a host is there": messages.Probe()},
     Op.LOAD: {
         "a contract": messages.Load(
             contract=_CONTRACT,
@@ -203,10 +227,14 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
         "the end of a flood": messages.Output(worker=3, stream="stderr", data=b"", cut=1 << 33),
         "last words, which are no UTF-8": messages.Output(worker=3, stream="tail", data=b"PANIC: \xff\n"),
     },
+    Op.PIECE: {"the last three bytes of 262147": WithPiece(Piece(3, 262_144, 3), b"end")},
+    Op.MORE: {"the first piece was taken": [More(3, 262_144)]},
 }
 
 
 def encoded(op: Op, example: Any) -> bytes:
+    if isinstance(example, WithPiece):
+        return encode_inline(op, example.record, example.piece)
     return encode_records(op, example) if isinstance(example, list) else encode(example)
 
 
@@ -240,6 +268,8 @@ def from_json(value: Any) -> Any:
 def described(op: Op, what: str, example: Any) -> dict[str, Any]:
     """The entry of one frame."""
     frame = {"what": what, "hex": encoded(op, example).hex()}
+    if isinstance(example, WithPiece):
+        return frame | {"records": [to_json(example.record._asdict())], "piece": to_json(example.piece)}
     if isinstance(example, list):
         return frame | {"records": [to_json(record._asdict()) for record in example]}
     values = {item.name: getattr(example, item.name) for item in fields(example)}

@@ -14,13 +14,20 @@ from luacell.protocol import messages
 from luacell.protocol.headers import (
     CALL,
     CALL_ID,
+    CALL_INLINE,
     DONE,
     EXECUTE,
+    MORE,
+    PIECE,
     RESULT,
+    RESULT_INLINE,
     Call,
+    CallInline,
     Done,
     Execute,
+    More,
     Op,
+    Piece,
     Result,
 )
 
@@ -40,6 +47,10 @@ RECORDS: Final[dict[Op, tuple[type[Any], Any]]] = {
     Op.RESULT: (Result, RESULT),
     Op.CANCEL: (CallId, CALL_ID),
     Op.RELEASED: (CallId, CALL_ID),
+    Op.CALL_INLINE: (CallInline, CALL_INLINE),
+    Op.RESULT_INLINE: (Result, RESULT_INLINE),
+    Op.PIECE: (Piece, PIECE),
+    Op.MORE: (More, MORE),
 }
 MESSAGES: Final[dict[Op, type[Any]]] = {
     item.OP: item for item in vars(messages).values() if isinstance(item, type) and hasattr(item, "OP")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from luacell.protocol.fields import decode, encode, size_of
-from luacell.protocol.headers import Op, encode_records, parse_preamble, parse_records
+from luacell.protocol.headers import Op, encode_inline, encode_records, parse_inline, parse_preamble, parse_records
 from tests.protocol.golden import EXAMPLES, PATH, described, from_json, read_golden_frames, to_json
 from tests.protocol.support import MESSAGES, RECORDS
 
@@ -26,7 +26,9 @@ def test_every_operation_has_a_golden_frame_and_is_either_records_or_a_map() -> 
 def test_golden_frame_is_encoded_byte_by_byte(op: Op, frame: dict[str, Any]) -> None:
     if op in RECORDS:
         records = [tuple(from_json(record).values()) for record in frame["records"]]
-        assert encode_records(op, records).hex() == frame["hex"]
+        piece = from_json(frame.get("piece"))
+        data = encode_records(op, records) if piece is None else encode_inline(op, records[0], piece)
+        assert data.hex() == frame["hex"]
     else:
         assert encode(MESSAGES[op](**from_json(frame["fields"]))).hex() == frame["hex"]
 
@@ -38,7 +40,13 @@ def test_golden_frame_is_decoded_field_by_field(op: Op, frame: dict[str, Any]) -
     assert found is op
     if op in RECORDS:
         record_class = RECORDS[op][0]
-        records = [record_class._make(record)._asdict() for record in parse_records(op, count, data)]
+        if "piece" in frame:
+            record, piece = parse_inline(op, count, data)
+            assert bytes(piece) == from_json(frame["piece"])
+            found_records = [record]
+        else:
+            found_records = list(parse_records(op, count, data))
+        records = [record_class._make(record)._asdict() for record in found_records]
         assert records == [from_json(record) for record in frame["records"]]
     else:
         assert count == 1

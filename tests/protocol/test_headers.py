@@ -12,7 +12,7 @@ from lupa import luajit21 as lupa
 
 from luacell.protocol import headers, messages
 from luacell.protocol.errors import ProtocolError
-from luacell.protocol.fields import encode
+from luacell.protocol.fields import encode, size_of
 from luacell.protocol.headers import (
     DONE,
     EXECUTE,
@@ -21,12 +21,15 @@ from luacell.protocol.headers import (
     VERSION,
     VERSION_MIN,
     Op,
+    encode_inline,
     encode_records,
     head,
+    inline_size,
+    parse_inline,
     parse_preamble,
     parse_records,
 )
-from luacell.protocol.limits import CALLS_PER_MESSAGE_MAX, ERROR_TEXT_MAX, MESSAGE_MAX
+from luacell.protocol.limits import CALLS_PER_MESSAGE_MAX, ERROR_TEXT_MAX, INLINE_PIECE, MESSAGE_MAX
 from luacell.protocol.slots import _ANSWER, PAYLOAD_OFFSET, WITHDRAWN_OFFSET, Answer
 from tests.protocol.support import MESSAGES, RECORDS, record_strategy, steady
 
@@ -44,12 +47,15 @@ OPERATIONS = {
     "LIST": 9,
     "HEALTH": 10,
     "LEASE": 11,
+    "CALL_INLINE": 12,
     "WELCOME": 32,
     "RESULT": 33,
     "FAILURE": 34,
     "RELEASED": 35,
     "REPLY": 36,
     "SEGMENT": 37,
+    "RESULT_INLINE": 38,
+    "PROBE": 39,
     "LOAD": 64,
     "EXECUTE": 65,
     "UNMAP": 66,
@@ -64,6 +70,8 @@ OPERATIONS = {
     "EXITED": 161,
     "LEAVING": 162,
     "OUTPUT": 163,
+    "PIECE": 192,
+    "MORE": 193,
 }
 
 
@@ -116,6 +124,27 @@ class ResultRecord(ctypes.LittleEndianStructure):
     _fields_ = (("call_id", U64), ("code", U32), ("out_size", U32), ("error_size", U32), ("flags", U32))
 
 
+class CallInlineRecord(ctypes.LittleEndianStructure):
+    _fields_ = (
+        ("call_id", U64),
+        ("contract_id", U64),
+        ("fn_id", U32),
+        ("budget_us", U32),
+        ("flags", U32),
+        ("args_size", U32),
+        ("out_size", U32),
+        ("reserved", U32),
+    )
+
+
+class PieceRecord(ctypes.LittleEndianStructure):
+    _fields_ = (("call_id", U64), ("offset", U32), ("size", U32))
+
+
+class MoreRecord(ctypes.LittleEndianStructure):
+    _fields_ = (("call_id", U64), ("offset", U32), ("reserved", U32))
+
+
 class CallIdRecord(ctypes.LittleEndianStructure):
     _fields_ = (("call_id", U64),)
 
@@ -127,6 +156,10 @@ C_RECORDS: dict[Op, type[ctypes.LittleEndianStructure]] = {
     Op.RESULT: ResultRecord,
     Op.CANCEL: CallIdRecord,
     Op.RELEASED: CallIdRecord,
+    Op.CALL_INLINE: CallInlineRecord,
+    Op.RESULT_INLINE: ResultRecord,
+    Op.PIECE: PieceRecord,
+    Op.MORE: MoreRecord,
 }
 
 
@@ -166,7 +199,17 @@ def test_record_lies_in_memory_as_c_lays_it_out(op: Op) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "size"), [(Op.CALL, 48), (Op.EXECUTE, 56), (Op.DONE, 24), (Op.RESULT, 24), (Op.CANCEL, 8)]
+    ("op", "size"),
+    [
+        (Op.CALL, 48),
+        (Op.EXECUTE, 56),
+        (Op.DONE, 24),
+        (Op.RESULT, 24),
+        (Op.CANCEL, 8),
+        (Op.CALL_INLINE, 40),
+        (Op.PIECE, 16),
+        (Op.MORE, 16),
+    ],
 )
 def test_record_sizes_are_what_their_descriptions_say(op: Op, size: int) -> None:
     assert RECORDS[op][1].size == size
@@ -260,6 +303,49 @@ def test_worker_knows_the_same_numbers() -> None:
 
 def test_execute_and_done_have_the_formats_that_the_worker_copies() -> None:
     assert (EXECUTE.format, DONE.format) == ("<QQIIIIIIIIQ", "<QIIII")
+
+
+# -- records with a piece behind them ------------------------------------------------------------------------
+PIECES = [
+    (Op.CALL_INLINE, (1, 2, 3, 4, 1, 5, 0, 0), b"12345"),
+    (Op.CALL_INLINE, (1, 2, 3, 4, 0, 0, 0, 0), b""),
+    (Op.CALL_INLINE, (1, 2, 3, 4, 1, INLINE_PIECE + 1, 0, 0), bytes(INLINE_PIECE)),
+    (Op.RESULT_INLINE, (1, 0, 3, 0, 0), b"123"),
+    (Op.RESULT_INLINE, (1, 102, 0, 4, 0), b"text"),
+    (Op.RESULT_INLINE, (1, 0, 64 << 20, 0, 0), bytes(INLINE_PIECE)),
+    (Op.PIECE, (1, INLINE_PIECE, 2), b"ab"),
+]
+
+
+@pytest.mark.parametrize(("op", "record", "piece"), PIECES)
+def test_piece_survives_encoding(op: Op, record: tuple[int, ...], piece: bytes) -> None:
+    message = encode_inline(op, record, piece)
+    found, data = parse_inline(*parse_preamble(message), message)
+    assert (found, bytes(data)) == (record, piece)
+    assert inline_size(op, message + b"rest") == size_of(memoryview(message + b"rest")) == len(message)
+
+
+@pytest.mark.parametrize(("op", "record", "piece"), PIECES)
+def test_piece_of_another_length_is_refused(op: Op, record: tuple[int, ...], piece: bytes) -> None:
+    message = encode_inline(op, record, piece)
+    for changed in (message + b"x", message[:-1]):
+        with pytest.raises(ProtocolError, match=rf"{op.name} has {len(changed)} bytes"):
+            parse_inline(op, 1, changed)
+    with pytest.raises(ProtocolError, match=f"{op.name} has count 2"):
+        parse_inline(op, 2, message)
+    with pytest.raises(AssertionError):
+        encode_inline(op, record, piece + b"x")
+
+
+@pytest.mark.parametrize("op", {op for op, _, _ in PIECES}, ids=lambda op: op.name)
+def test_record_that_is_cut_off_is_refused(op: Op) -> None:
+    for size in range(RECORDS[op][1].size):
+        with pytest.raises(ProtocolError, match="less than its record's"):
+            parse_inline(op, 1, head(op) + bytes(size))
+
+
+def test_other_operations_have_no_piece() -> None:
+    assert {op for op in Op if inline_size(op, head(op) + bytes(64)) is not None} == {op for op, _, _ in PIECES}
 
 
 # -- malformed messages --------------------------------------------------------------------------------------

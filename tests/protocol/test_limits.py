@@ -1,7 +1,7 @@
 """Limits that must hang together."""
 
 from luacell.protocol import limits
-from luacell.protocol.headers import CALL, EXECUTE, PREAMBLE_SIZE
+from luacell.protocol.headers import CALL, EXECUTE, PIECE, PREAMBLE_SIZE
 from luacell.protocol.slots import SlotShape
 
 
@@ -44,3 +44,10 @@ def test_a_request_is_waited_for_longer_than_a_start_and_a_load_take() -> None:
 
 def test_default_memory_lies_within_its_bounds() -> None:
     assert limits.MEMORY_MIN <= limits.MEMORY_DEFAULT <= limits.MEMORY_MAX
+
+
+def test_pieces_and_windows_hang_together() -> None:
+    assert PREAMBLE_SIZE + PIECE.size + limits.INLINE_PIECE <= limits.MESSAGE_MAX
+    assert limits.INLINE_SMALL_MAX < limits.INLINE_PIECE
+    assert limits.ERROR_TEXT_MAX <= limits.INLINE_SMALL_MAX
+    assert 1 <= limits.INLINE_WINDOW <= limits.INLINE_HOST_WINDOW

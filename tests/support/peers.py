@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,7 +15,7 @@ import zmq
 
 from luacell.client import AbiErrorCode
 from luacell.protocol import headers, messages
-from luacell.protocol.headers import Op
+from luacell.protocol.headers import HAS_ARGS, HAS_OUT, Op, head
 from luacell.protocol.memory.channel import ChannelClosed, connect_channel, receive_message, send_message
 from luacell.protocol.memory.segments import Mapping
 from luacell.protocol.messages import Message, decode, encode, id_bytes
@@ -23,6 +24,7 @@ from luacell.protocol.slots import write_generation
 from tests.support.waiting import LIMIT_S
 
 HOST = encode(messages.Hello(role="host"))
+PROBE = encode(messages.Probe())
 
 
 class Grant:
@@ -242,3 +244,124 @@ def _property(name: str, value: bytes) -> bytes:
 def send_raw(connection: socket.socket, data: bytes, descriptors: Sequence[int] = ()) -> None:
     """Send a message of any kind over a descriptor channel."""
     socket.send_fds(connection, [data], list(descriptors))
+
+
+class InlinePeer:
+    """A host without shared memory, made by hand: it has introduced itself unless told otherwise.
+
+    Args:
+        address: of the ROUTER, as libzmq takes it.
+    """
+
+    def __init__(
+        self, address: str, *, greet: bool = True, routing_id: bytes | None = None, receive_high_water_mark: int = 0
+    ) -> None:
+        self.routing_id = b"\x02" + os.urandom(15) if routing_id is None else routing_id
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.dealer = self._context.socket(zmq.DEALER)
+        if self.routing_id:
+            self.dealer.setsockopt(zmq.ROUTING_ID, self.routing_id)
+        self.dealer.setsockopt(zmq.LINGER, 0)
+        self.dealer.setsockopt(zmq.SNDHWM, 0)
+        self.dealer.setsockopt(zmq.RCVHWM, receive_high_water_mark)
+        self.dealer.setsockopt(zmq.RCVTIMEO, int(LIMIT_S * 1000))
+        self.dealer.connect(address)
+        if greet:
+            self.tell(messages.Hello(role="inline"))
+            decode(messages.Welcome, self.receive())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take leave; without that the broker would find out a second later."""
+        if not self.dealer.closed:
+            with suppress(zmq.Again):
+                self.dealer.send(encode(messages.Bye()), zmq.NOBLOCK)
+        self._context.destroy(linger=100)
+
+    # -- what it says --------------------------------------------------------------------------------------
+    def send(self, *frames: bytes) -> None:
+        self.dealer.send_multipart(frames)
+
+    def tell(self, message: Message) -> None:
+        self.send(encode(message))
+
+    def call(self, contract_id: int, call_id: int, first: bytes = b"", **fields: int) -> None:
+        """Send CALL_INLINE with a first piece; fields that are not given are as it says."""
+        given = {"contract_id": contract_id, "call_id": call_id, "args_size": len(first), "out_size": 0} | fields
+        given.setdefault("flags", (HAS_ARGS if given["args_size"] else 0) | (HAS_OUT if given["out_size"] else 0))
+        record = headers.CallInline(**(dict.fromkeys(headers.CallInline._fields, 0) | given))
+        self.send(head(Op.CALL_INLINE) + headers.CALL_INLINE.pack(*record) + first)
+
+    def piece(self, call_id: int, offset: int, data: bytes) -> None:
+        self.send(headers.encode_inline(Op.PIECE, (call_id, offset, len(data)), data))
+
+    def more(self, call_id: int, offset: int) -> None:
+        self.send(headers.encode_records(Op.MORE, [(call_id, offset, 0)]))
+
+    def cancel(self, call_id: int) -> None:
+        self.send(headers.encode_records(Op.CANCEL, [(call_id,)]))
+
+    # -- what it hears -------------------------------------------------------------------------------------
+    def receive(self) -> bytes:
+        """Receive the next message that is no PROBE."""
+        while True:
+            message = self.dealer.recv()
+            if message != PROBE:
+                return message
+
+    def failure(self) -> messages.Failure:
+        return decode(messages.Failure, self.receive())
+
+    def credit(self) -> headers.More:
+        """Receive a MORE."""
+        (record,) = _records(self.receive(), Op.MORE)
+        return headers.More._make(record)
+
+    def released(self) -> int:
+        ((call_id,),) = _records(self.receive(), Op.RELEASED)
+        return call_id
+
+    def result(self) -> tuple[headers.Result, bytes]:
+        """Receive a RESULT_INLINE and the first piece."""
+        record, piece = _with_piece(self.receive(), Op.RESULT_INLINE)
+        return headers.Result._make(record), piece
+
+    def next_piece(self) -> tuple[headers.Piece, bytes]:
+        record, piece = _with_piece(self.receive(), Op.PIECE)
+        return headers.Piece._make(record), piece
+
+    def drain(self, limit_ms: int = 100) -> None:
+        """Receive until nothing has come for a while."""
+        while self.dealer.poll(limit_ms):
+            self.dealer.recv()
+
+    def is_silent(self, limit_ms: int) -> bool:
+        """Tell whether nothing but PROBE comes for a while."""
+        until_s = time.monotonic() + limit_ms / 1000
+        while (left_ms := int((until_s - time.monotonic()) * 1000)) > 0:
+            if self.dealer.poll(left_ms) and self.dealer.recv() != PROBE:
+                return False
+        return True
+
+    def is_served(self) -> bool:
+        """Ask for the service's health and tell whether the answer comes."""
+        self.tell(messages.Health(request_id=77))
+        return decode(messages.Reply, self.receive()).request_id == 77
+
+
+def _records(message: bytes, wanted: Op) -> list[tuple[int, ...]]:
+    op, count = headers.parse_preamble(message)
+    assert op is wanted, op
+    return list(headers.parse_records(op, count, message))
+
+
+def _with_piece(message: bytes, wanted: Op) -> tuple[tuple[int, ...], bytes]:
+    op, count = headers.parse_preamble(message)
+    assert op is wanted, op
+    record, piece = headers.parse_inline(op, count, message)
+    return record, bytes(piece)

@@ -489,8 +489,8 @@ def test_unknown_endpoint_is_unavailable_and_named(endpoint: str) -> None:
 
 
 def test_endpoint_of_another_transport_is_a_value_error() -> None:
-    with pytest.raises(ValueError, match="tcp://"):
-        LuaHostBridge.connect("tcp://127.0.0.1:5555")
+    with pytest.raises(ValueError, match="udp://"):
+        LuaHostBridge.connect("udp://127.0.0.1:5555")
 
 
 def test_endpoint_that_is_a_dead_socket_is_unavailable(tmp_path: Path) -> None:

@@ -431,7 +431,10 @@ def damaged(state: Path) -> None:
 
 
 def newer(state: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="keep-") as elsewhere, Serving(Path(elsewhere) / "run", state_directory=state):
+    with (
+        tempfile.TemporaryDirectory(prefix="keep-") as elsewhere,
+        Serving(Path(elsewhere) / "run", state_directory=state),
+    ):
         pass
     with closing(sqlite3.connect(state / REGISTRY_FILE)) as database:
         database.execute("PRAGMA user_version = 99")

@@ -26,9 +26,10 @@ from luacell.broker.directories import DirectoryError
 from luacell.broker.records import make_formatter
 from luacell.broker.registry_store import RegistryStore, StoreError
 from luacell.broker.rundir import RunDirectory
-from luacell.broker.server import Server
+from luacell.broker.server import BindError, Server
 from luacell.broker.signals import SignalPipe
 from luacell.broker.statedir import StateDirectory
+from luacell.protocol.endpoints import TcpEndpoint, parse_tcp
 from luacell.protocol.limits import SPARES_MAX
 from luacell.protocol.logs import configure_queued_logging
 from luacell.protocol.paths import STATE_DIRECTORY
@@ -55,8 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
             _end_with(options.parent, run_directory, options.ephemeral)
         state_directory = StateDirectory(options.state_dir or options.run_dir / STATE_DIRECTORY, LOCK_WAIT_S)
         registry_store = RegistryStore(state_directory.registry, durable=not options.ephemeral)
-        server = Server(run_directory, options.spares, registry_store)
-    except (DirectoryError, StoreError) as error:
+        server = Server(run_directory, options.spares, registry_store, options.tcp)
+    except (DirectoryError, StoreError, BindError) as error:
         print(f"luacell broker: {error}", file=sys.stderr)
         return EXIT_REFUSED
     signals = SignalPipe((signal.SIGTERM, signal.SIGINT))
@@ -101,6 +102,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--state-dir", type=_directory, help="directory of its registry, mode 0700; RUN_DIR/state if not given"
     )
     parser.add_argument("--spares", type=_spares, default=1, help="blank workers to keep warm")
+    parser.add_argument("--tcp", type=_tcp, help="tcp://HOST:PORT on loopback for hosts without shared memory")
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--parent", type=int, help="pid to end with")
     parser.add_argument("--ephemeral", action="store_true", help="remove the run directory at the end")
@@ -117,6 +119,13 @@ def _spares(text: str) -> int:
     if not 0 <= value <= SPARES_MAX:
         raise argparse.ArgumentTypeError(f"{value} is outside 0..{SPARES_MAX}")
     return value
+
+
+def _tcp(text: str) -> TcpEndpoint:
+    try:
+        return parse_tcp(text, may_choose=True)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _raise_descriptor_limit() -> None:

@@ -131,8 +131,13 @@ class Dispatcher:
         return effects
 
     # -- calls ----------------------------------------------------------------------------------------------
-    def call_arrived(self, session_id: bytes, header: headers.Call, now_ns: int) -> list[Effect]:
-        """A host calls: hand it to an idle worker, queue it, or refuse it."""
+    def call_arrived(
+        self, session_id: bytes, header: headers.Call, now_ns: int, arrived_ns: int | None = None
+    ) -> list[Effect]:
+        """A host calls: hand it to an idle worker, queue it, or refuse it.
+
+        Its deadline counts from `arrived_ns` where that is given: its arguments took a while to follow.
+        """
         session = self.sessions.get(session_id)
         if session is None:  # it was sent away for an earlier call of the same message
             return []
@@ -152,8 +157,10 @@ class Dispatcher:
         budget_us = header.budget_us
         if not 0 < budget_us < contract.deadline_us:
             budget_us = contract.deadline_us
-        deadline_ns = now_ns + budget_us * NS_PER_US
-        call = session.calls[header.call_id] = Call(session, header, contract, book, now_ns, deadline_ns)
+        if arrived_ns is None:
+            arrived_ns = now_ns
+        deadline_ns = arrived_ns + budget_us * NS_PER_US
+        call = session.calls[header.call_id] = Call(session, header, contract, book, arrived_ns, deadline_ns)
         call.timer = self._wheel.set(deadline_ns, call)
         effects: list[Effect] = []
         if contract.idle:

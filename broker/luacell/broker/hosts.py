@@ -81,6 +81,8 @@ class Hosts:
         self._keeper = keeper
         self._facts = facts
         self.links: dict[bytes, HostLink] = {}
+        self.callers: dict[bytes, HostLink] = {}  # those of them that have introduced themselves over ZeroMQ, too
+        self.facts: dict[str, str] = {}  # what health tells besides the dispatcher's counts
         self._by_channel: dict[socket.socket, HostLink] = {}
         self._handlers: dict[Op, Callable[[bytes, int, bytes], None]] = {
             Op.CALL: self._on_call,
@@ -115,6 +117,7 @@ class Hosts:
         if host is None:
             return
         log.debug("host left", extra={"fields": {"host": peer.hex()}})
+        self.callers.pop(peer, None)
         self._perform(self._dispatcher.host_left(peer, time.monotonic_ns()))
         self._close(host)
 
@@ -165,8 +168,13 @@ class Hosts:
     def _on_hello(self, peer: bytes, count: int, message: bytes) -> None:
         role = decode(messages.Hello, message).role
         if role != "host":
-            raise ProtocolError(f"role {role!r} is not 'host'; nobody else speaks here")
+            raise ProtocolError(f"role {role!r} is not 'host', as which this peer has introduced itself")
         self._dispatcher.host_joined(peer)
+        self.callers[peer] = self.links[peer]
+        self.welcome(peer)
+
+    def welcome(self, peer: bytes) -> None:
+        """Tell a host over ZeroMQ that it is accepted."""
         self._outbox.tell(peer, messages.Welcome(routing_id=b"", epoch=self._epoch, broker_pid=os.getpid()))
 
     def _on_register(self, peer: bytes, count: int, message: bytes) -> None:
@@ -218,7 +226,7 @@ class Hosts:
 
     def _on_health(self, peer: bytes, count: int, message: bytes) -> None:
         asked = decode(messages.Health, message)
-        body = {**self._facts, **snapshot(self._dispatcher, self._books)}
+        body = {**self._facts, **self.facts, **snapshot(self._dispatcher, self._books)}
         self._outbox.send_reply(SendReply(Request(peer, asked.request_id), body=body))
 
     def _on_bye(self, peer: bytes, count: int, message: bytes) -> None:

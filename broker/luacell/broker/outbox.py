@@ -7,9 +7,9 @@ not missed, its death is told elsewhere; one that does not read is reported to t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from struct import Struct
-from typing import Final
+from typing import Final, Protocol
 
 import zmq
 
@@ -33,17 +33,34 @@ _RESULT: Final = Struct(f"<{headers.PREAMBLE_SIZE}s" + headers.RESULT.format.rem
 _RESULT_HEAD: Final = headers.head(Op.RESULT)
 
 
+class Correspondent(Protocol):
+    """A host that gets answers to its calls in another way."""
+
+    def on_result(self, call: model.Call, code: int, out_size: int, error_size: int, slot_free: bool) -> None:
+        """Relay a result."""
+
+    def on_failure(self, effect: SendFailure) -> None:
+        """Relay a failure."""
+
+    def on_released(self, number: int) -> None:
+        """Act on the end of a call whose slot was kept."""
+
+
 class Outbox:
     """Everything the broker says over its ROUTER.
 
     Args:
         router: the socket; the server's.
         expel: called with the routing id of a peer that does not read.
+
+    Attributes:
+        correspondents: hosts without shared memory, by routing id; nothing else reports their end.
     """
 
     def __init__(self, router: zmq.Socket[bytes], expel: Callable[[bytes], None]) -> None:
         self._router = router
         self._expel = expel
+        self.correspondents: Mapping[bytes, Correspondent] = {}
 
     def send(self, peer: bytes, message: bytes) -> None:
         """Send an encoded message."""
@@ -64,6 +81,8 @@ class Outbox:
             self._expel(peer)
         elif error.errno != zmq.EHOSTUNREACH:
             raise error
+        elif peer in self.correspondents:
+            self._expel(peer)
 
     # -- calls and answers ----------------------------------------------------------------------------------------
     def send_execute(self, call: model.Call) -> None:
@@ -103,6 +122,9 @@ class Outbox:
 
     def send_answer(self, call: model.Call, code: int, out_size: int, error_size: int, flags: int) -> None:
         """Relay a worker's answer to the call's host."""
+        if call.session.id in self.correspondents:
+            self.correspondents[call.session.id].on_result(call, code, out_size, error_size, flags == headers.SLOT_FREE)
+            return
         message = _RESULT.pack(_RESULT_HEAD, call.header.call_id, code, out_size, error_size, flags)
         router, peer = self._router, call.session.id
         try:  # as `send`, without its frame: this is the hot path
@@ -118,6 +140,14 @@ class Outbox:
 
     def send_failure(self, effect: SendFailure) -> None:
         """Perform SendFailure."""
+        correspondent = self.correspondents.get(effect.session_id)
+        if correspondent is not None:
+            correspondent.on_failure(effect)
+        else:
+            self.tell_failure(effect)
+
+    def tell_failure(self, effect: SendFailure) -> None:
+        """Send a FAILURE as it is."""
         failure = messages.Failure(
             call_id=effect.call_id,
             code=int(effect.code),
@@ -135,6 +165,10 @@ class Outbox:
 
     def send_released(self, effect: model.SendReleased) -> None:
         """Perform SendReleased."""
+        correspondent = self.correspondents.get(effect.session_id)
+        if correspondent is not None:
+            correspondent.on_released(effect.call_id)
+            return
         self.send(effect.session_id, headers.encode_records(Op.RELEASED, [(effect.call_id,)]))
 
     def send_reply(self, effect: SendReply) -> None:

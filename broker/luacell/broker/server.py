@@ -23,8 +23,10 @@ from luacell.broker import model
 from luacell.broker.books import Books, Pair
 from luacell.broker.dispatcher import Dispatcher
 from luacell.broker.hosts import Hosts
+from luacell.broker.inline import InlineHost, InlineHosts
+from luacell.broker.inline_memory import InlineMemory
 from luacell.broker.keeper import Keeper
-from luacell.broker.model import Effect, SendFailure, Worker
+from luacell.broker.model import DropPair, Effect, SendFailure, Worker
 from luacell.broker.outbox import Outbox, answer_record
 from luacell.broker.registry import ContractRecord, Registry
 from luacell.broker.registry_store import RegistryStore, StoreError
@@ -34,7 +36,8 @@ from luacell.broker.store import SegmentStore
 from luacell.broker.watcher import Connected, Disconnected, Ended, Received, Signalled, Watcher, WorkDone
 from luacell.broker.workers import WorkerLink, Workers
 from luacell.protocol import headers, messages
-from luacell.protocol.errors import AbiErrorCode, ProtocolError
+from luacell.protocol.endpoints import TcpEndpoint
+from luacell.protocol.errors import AbiErrorCode, LuacellError, ProtocolError
 from luacell.protocol.headers import Op
 from luacell.protocol.limits import MESSAGE_MAX, NS_PER_MS, NS_PER_S, SESSIONS_MAX
 from luacell.protocol.memory.channel import ChannelClosed, close_all, send_message
@@ -50,9 +53,14 @@ TIME_STEP_NS: Final = 4 * NS_PER_MS  # between looks at the deadlines while mess
 DRAIN_LIMIT_NS: Final = 25 * NS_PER_S  # container runtimes kill 30 s after they have asked
 FAREWELL_MS: Final = 500  # for the last answers to leave
 GREETINGS_MAX: Final = 256  # descriptor channels that have not said who they are
+TCP_RECEIVED_MAX: Final = 64  # messages of one TCP peer that wait for the loop: 16 MiB of pieces
+TCP_SENT_MAX: Final = 4096  # messages to one TCP peer; those without acknowledgement have 16 KiB at most
+HEARTBEAT_MS: Final = 1000  # to TCP peers: a child of theirs may hold the connection open when they are gone
+HEARTBEAT_LIMIT_MS: Final = 2500
 
 _CALL_HEAD: Final = headers.head(Op.CALL)
 _CALL_SIZE: Final = headers.PREAMBLE_SIZE + headers.CALL.size
+_INLINE_CONTROL: Final = frozenset({Op.REGISTER, Op.UNREGISTER, Op.LIST, Op.HEALTH})
 _DONE_HEAD: Final = headers.head(Op.DONE)
 _DONE_SIZE: Final = headers.PREAMBLE_SIZE + headers.DONE.size
 _PREAMBLE_SIZE: Final = headers.PREAMBLE_SIZE
@@ -60,6 +68,13 @@ _unpack_call: Final = headers.CALL.unpack_from
 _unpack_done: Final = headers.DONE.unpack_from
 _new_call: Final = partial(tuple.__new__, headers.Call)  # NamedTuple._make without its frame
 _new_done: Final = partial(tuple.__new__, headers.Done)
+
+
+UNKNOWN: Final = 'unknown peer: connect to the descriptor socket first, or say HELLO as "inline"'
+
+
+class BindError(LuacellError):
+    """An address cannot be listened on; the text names it."""
 
 
 class Leave(Exception):
@@ -73,12 +88,16 @@ class Server:
         run_directory: held by this process; the server binds its sockets there.
         spares: blank workers to keep.
         registry_store: the registry's file; the server closes it.
+        tcp: where hosts without shared memory may connect besides, or None.
 
     Raises:
         StoreError: what is in the file cannot be served.
+        BindError: `tcp` cannot be bound.
     """
 
-    def __init__(self, run_directory: RunDirectory, spares: int, registry_store: RegistryStore) -> None:
+    def __init__(
+        self, run_directory: RunDirectory, spares: int, registry_store: RegistryStore, tcp: TcpEndpoint | None = None
+    ) -> None:
         records = registry_store.records()
         self._run_directory = run_directory
         self._epoch = secrets.token_bytes(8)
@@ -113,14 +132,18 @@ class Server:
             self._keeper,
             facts,
         )
+        memory = InlineMemory(books, self._store, self._watcher.order, lambda pair: self._perform([DropPair(pair)]))
+        self._inline = InlineHosts(dispatcher, outbox, memory, self._perform, time.monotonic_ns)
+        self._backlog = self._inline.backlog
         self._greeting: dict[socket.socket, None] = {}  # descriptor channels without a name, in order of arrival
         self._worker_of = dispatcher.workforce.by_routing_id
-        self._sessions = dispatcher.sessions
+        self._callers = self._hosts.callers
         self._together: dict[Worker, list[model.Call]] = {}  # calls to be sent, by worker
         self._drained_ns = 0  # when a broker that is ending no longer waits for calls; 0: it is not ending
         self._tick_ms = 0  # how long `recv` waits
         self._tick_ns = 0  # when to look at deadlines next
         self._bind()
+        self._hosts.facts["tcp"] = self.tcp = self._bind_tcp(tcp) if tcp is not None else ""
         self._performers: dict[type[Any], Callable[[Any], None]] = {
             model.SendCall: lambda effect: self._leave_together(effect.call),
             model.SendResult: outbox.send_result,
@@ -159,6 +182,23 @@ class Server:
         finally:
             os.umask(previous)
 
+    def _bind_tcp(self, endpoint: TcpEndpoint) -> str:
+        """Listen on loopback, too, with options for these peers alone; return where."""
+        router = self._router
+        router.setsockopt(zmq.IPV6, int(endpoint.is_ipv6))
+        router.setsockopt(zmq.SNDHWM, TCP_SENT_MAX)
+        router.setsockopt(zmq.RCVHWM, TCP_RECEIVED_MAX)
+        router.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        router.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_LIMIT_MS)
+        try:
+            router.bind(str(endpoint))
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise BindError(f"cannot listen on {endpoint}: {error.strerror}") from None
+        where = str(router.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0")
+        log.info("serving hosts without shared memory", extra={"fields": {"tcp": where}})
+        return where
+
     def run(self, signals: SignalPipe | None = None) -> None:
         """Serve until a signal comes, or `stop` is called.
 
@@ -179,11 +219,16 @@ class Server:
                 peer = receive()
                 message = receive()  # a ROUTER gives every message at least one frame behind the identity
             except zmq.Again:
+                if self._backlog:
+                    self._inline.step()
                 self._pass_time(clock())
                 self._choose_tick()
                 continue
             now_ns = clock()
             self._handle(peer, message, now_ns)
+            if self._backlog:
+                self._inline.step()
+                self._choose_tick()
             if now_ns >= self._tick_ns:
                 self._pass_time(now_ns)
 
@@ -208,7 +253,15 @@ class Server:
     # -- time -----------------------------------------------------------------------------------------------------
     def _choose_tick(self) -> None:
         """After a quiet tick: wake up often only while something has a deadline."""
-        is_quiet = self._dispatcher.next_deadline() is None and not self._workers.awaits and not self._drained_ns
+        if self._backlog:
+            self._set_tick(0)
+            return
+        is_quiet = (
+            self._dispatcher.next_deadline() is None
+            and not self._workers.awaits
+            and self._inline.is_quiet
+            and not self._drained_ns
+        )
         self._set_tick(TICK_IDLE_MS if is_quiet else TICK_BUSY_MS)
 
     def _set_tick(self, tick_ms: int) -> None:
@@ -224,6 +277,8 @@ class Server:
             self._perform(self._dispatcher.time_passed(now_ns))
         if self._workers.awaits:
             self._workers.time_passed(now_ns)
+        if self._inline.hosts:
+            self._inline.time_passed(now_ns)
         if self._drained_ns:
             self._leave_when_drained(now_ns)
 
@@ -244,7 +299,7 @@ class Server:
             contract = worker.contract
             if contract is not None and contract.queue.count:
                 self._perform(dispatcher.refill(worker, now_ns))
-        elif len(message) == _CALL_SIZE and message.startswith(_CALL_HEAD) and peer in self._sessions:
+        elif len(message) == _CALL_SIZE and message.startswith(_CALL_HEAD) and peer in self._callers:
             header = _new_call(_unpack_call(message, _PREAMBLE_SIZE))
             call = dispatcher.quick_call(peer, header, now_ns)
             if call is None:
@@ -260,7 +315,7 @@ class Server:
     def _handle_other(self, peer: bytes, message: bytes, worker: Worker | None) -> None:
         """Act on a message that is not one of the two; find back into step where it is none at all."""
         if worker is None and peer not in self._hosts.links:
-            self._find_step(peer, message)
+            self._handle_inline(peer, message)
             return
         try:
             op, count = headers.parse_preamble(message)
@@ -272,29 +327,84 @@ class Server:
             self._find_step(peer, message)
             self._refuse_peer(peer, str(error))
 
+    def _handle_inline(self, peer: bytes, message: bytes) -> None:
+        """Act on a message of a host without shared memory, or of nobody that is known.
+
+        They choose their ids themselves, so each of their messages is looked at to its end.
+        """
+        host = self._inline.hosts.get(peer)
+        if self._router.getsockopt(zmq.RCVMORE):
+            if host is None:
+                self._find_step(peer, message)
+            else:
+                self._drain()
+                self._refuse_peer(peer, "a message of more frames than one")
+            return
+        try:
+            op, count = headers.parse_preamble(message)
+            if host is not None and self._inline.handles(op):
+                self._inline.on_message(host, op, count, message)
+            elif host is not None and op in _INLINE_CONTROL:
+                self._hosts.on_message(peer, op, count, message)
+            elif op is Op.HELLO and _is_inline_id(peer):
+                self._greet_inline(peer, host, decode(messages.Hello, message).role)
+            elif host is None:
+                self._find_step(peer, message)
+            else:
+                raise ProtocolError(f"operation {op.name} is not for hosts without shared memory")
+        except ProtocolError as error:
+            self._refuse_peer(peer, str(error))
+
+    def _greet_inline(self, peer: bytes, host: InlineHost | None, role: str) -> None:
+        if role != messages.INLINE:
+            raise ProtocolError(
+                f"unknown peer: role {role!r} needs the descriptor socket first; say {messages.INLINE!r}"
+            )
+        if host is None:
+            if len(self._hosts.links) + len(self._inline.hosts) >= SESSIONS_MAX:
+                text = f"{SESSIONS_MAX} hosts are connected, which is the limit; retry later"
+                self._outbox.tell_failure(SendFailure(peer, 0, AbiErrorCode.BUSY, text, slot="unused"))
+                return
+            self._inline.joined(peer)
+        self._hosts.welcome(peer)
+
     def _find_step(self, peer: bytes, message: bytes) -> None:
         """Deal with frames that are not (identity, one frame).
 
         Frames are read in pairs without asking libzmq for the end of each message, which would cost a tenth of the
         loop. A peer that sends a message of two frames shifts the pairs: its second frame is taken for an identity and
-        the next message's identity for a frame. Routing ids are random and made by this broker, so both are
-        recognised here: the rest of the malformed message is dropped, the next one is handled as what it is.
+        the next message's identity for a frame. Routing ids are random, so both are recognised here: the rest of the
+        malformed message is dropped, the next one is handled as what it is. Only a host that is about to introduce
+        itself is not known yet; it repeats its HELLO until it is answered.
         """
         more = bool(self._router.getsockopt(zmq.RCVMORE))
-        if more and (message in self._worker_of or message in self._hosts.links or message == self._watcher_id):
+        if more and self._is_known(message):
             self._handle(message, self._router.recv(), time.monotonic_ns())
             return
-        while more:
+        self._drain()
+        if not self._is_known(peer):
+            self._refuse_peer(peer, UNKNOWN)
+
+    def _drain(self) -> None:
+        """Drop what is left of the message whose first frames were read."""
+        while self._router.getsockopt(zmq.RCVMORE):
             self._router.recv()
-            more = bool(self._router.getsockopt(zmq.RCVMORE))
-        if peer not in self._hosts.links and peer not in self._worker_of:
-            self._refuse_peer(peer, "unknown peer: connect to the descriptor socket first")
+
+    def _is_known(self, peer: bytes) -> bool:
+        return (
+            peer in self._worker_of
+            or peer in self._hosts.links
+            or peer in self._inline.hosts
+            or peer == self._watcher_id
+        )
 
     def _expel(self, peer: bytes) -> None:
         """Send a peer away that does not read what it is sent."""
         worker = self._worker_of.get(peer)
         if worker is not None:
             self._workers.lost(worker)
+        elif peer in self._inline.hosts:
+            self._inline.left(peer)
         else:
             self._hosts.left(peer)
 
@@ -340,12 +450,13 @@ class Server:
         """End as soon as nobody waits for an answer; at the limit, those who do get one."""
         if now_ns >= self._drained_ns:
             self._perform(self._dispatcher.cancel_all(now_ns))
-        if not self._dispatcher.owes:
+            raise Leave("drained as far as time allowed")
+        if not self._dispatcher.owes and not self._inline.owes:
             raise Leave("drained")
         self._tick_ns = 0  # look again at the next message
 
     def _on_connected(self, channel: socket.socket) -> None:
-        if len(self._hosts.links) >= SESSIONS_MAX:
+        if len(self._hosts.links) + len(self._inline.hosts) >= SESSIONS_MAX:
             self._refuse_channel(channel)
             return
         if len(self._greeting) >= GREETINGS_MAX:  # whoever has kept silent longest makes room
@@ -420,10 +531,12 @@ class Server:
         for record in records:
             done = _new_done(record)
             call = dispatcher.quick_done(worker, done, now_ns)
+            _, code, out_size, error_size, _ = done
             if call is None:
                 self._collect(dispatcher.worker_done(worker, done, now_ns))
+            elif call.session.id in self._inline.hosts:
+                self._outbox.send_answer(call, code, out_size, error_size, headers.SLOT_FREE)
             else:
-                _, code, out_size, error_size, _ = done
                 packed = answer_record(call.header.call_id, code, out_size, error_size, headers.SLOT_FREE)
                 answers.setdefault(call.session.id, []).append(packed)
         for peer, packed_answers in answers.items():
@@ -496,6 +609,11 @@ class Server:
 def _new_routing_id() -> bytes:
     """Return random bytes that are no text of this protocol and do not start with the 0 that libzmq reserves."""
     return b"\xff" + secrets.token_bytes(ROUTING_ID_SIZE - 1)
+
+
+def _is_inline_id(peer: bytes) -> bool:
+    """Whether a routing id is one that a host without shared memory may choose; libzmq's own start with 0."""
+    return len(peer) == ROUTING_ID_SIZE and peer[0] != 0
 
 
 def _leave_loop() -> None:

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from luacell.cli import bench, contracts, health
-from luacell.cli.options import LogLevel, RunDir, Spares, StateDir
+from luacell.cli.options import LogLevel, RunDir, Spares, StateDir, Tcp
 from luacell.protocol.paths import STATE_DIRECTORY, default_run_directory, default_state_directory
 from luacell.protocol.release import __version__
 
@@ -42,21 +42,27 @@ def luacell(
 
 
 @app.command()
-def serve(run_dir: RunDir = None, state_dir: StateDir = None, spares: Spares = 1, log_level: LogLevel = "info") -> None:
+def serve(
+    run_dir: RunDir = None,
+    state_dir: StateDir = None,
+    tcp: Tcp = None,
+    spares: Spares = 1,
+    log_level: LogLevel = "info",
+) -> None:
     """Run a whole service in the foreground: broker, worker host and their parent."""
-    state = str(_state_dir(run_dir, state_dir))
-    options = ("--state-dir", state, "--spares", str(spares), "--log-level", log_level)
-    _become("luacell.cli.serve", _run_dir(run_dir), *options)
+    _become("luacell.cli.serve", _run_dir(run_dir), *_broker_options(run_dir, state_dir, tcp, spares, log_level))
 
 
 @app.command()
 def broker(
-    run_dir: RunDir = None, state_dir: StateDir = None, spares: Spares = 1, log_level: LogLevel = "info"
+    run_dir: RunDir = None,
+    state_dir: StateDir = None,
+    tcp: Tcp = None,
+    spares: Spares = 1,
+    log_level: LogLevel = "info",
 ) -> None:
     """Run a broker alone, as containers do."""
-    state = str(_state_dir(run_dir, state_dir))
-    options = ("--state-dir", state, "--spares", str(spares), "--log-level", log_level)
-    _become("luacell.broker", _run_dir(run_dir), *options)
+    _become("luacell.broker", _run_dir(run_dir), *_broker_options(run_dir, state_dir, tcp, spares, log_level))
 
 
 @app.command("worker-host")
@@ -76,6 +82,13 @@ def _state_dir(run_dir: Path | None, given: Path | None) -> Path:
     if run_dir is not None:
         return run_dir.absolute() / STATE_DIRECTORY
     return Path(default_state_directory(os.environ, os.path.expanduser("~"), is_root=os.geteuid() == 0))
+
+
+def _broker_options(
+    run_dir: Path | None, state_dir: Path | None, tcp: str | None, spares: int, log_level: str
+) -> list[str]:
+    own = ["--state-dir", str(_state_dir(run_dir, state_dir)), "--spares", str(spares), "--log-level", log_level]
+    return [*own, *(["--tcp", tcp] if tcp is not None else [])]
 
 
 def _become(module: str, run_dir: Path, *options: str) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from luacell.protocol.endpoints import parse_tcp
 from luacell.protocol.identity import ID_MAX
 from luacell.protocol.limits import SPARES_MAX
 from luacell.protocol.paths import ENDPOINT_VARIABLE
@@ -45,6 +46,11 @@ def registered_names(context: typer.Context, incomplete: str) -> list[str]:
         return []
 
 
+def _tcp(text: str) -> str:
+    """Refuse an endpoint that a broker would refuse, before anything is started."""
+    return str(parse_tcp(text, may_choose=True))
+
+
 ContractName = Annotated[
     str,
     typer.Argument(
@@ -53,7 +59,11 @@ ContractName = Annotated[
 ]
 Endpoint = Annotated[
     str | None,
-    typer.Option("--endpoint", envvar=ENDPOINT_VARIABLE, help="Run directory of the broker; the default one if unset."),
+    typer.Option(
+        "--endpoint",
+        envvar=ENDPOINT_VARIABLE,
+        help="Run directory of the broker, or tcp://127.0.0.1:PORT; the default directory if unset.",
+    ),
 ]
 OutputFormat = Annotated[Output, typer.Option("--output", help="How to print: text for people, json for programs.")]
 RunDir = Annotated[
@@ -64,6 +74,15 @@ StateDir = Annotated[
     Path | None,
     typer.Option(
         "--state-dir", help="Directory of the registry, mode 0700; if unset RUN_DIR/state, or the default one."
+    ),
+]
+Tcp = Annotated[
+    str | None,
+    typer.Option(
+        "--tcp",
+        parser=_tcp,
+        metavar="tcp://127.0.0.1:PORT",
+        help="Where hosts without shared memory may connect; port 0 lets the system choose.",
     ),
 ]
 LogLevel = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]

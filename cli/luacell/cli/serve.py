@@ -164,6 +164,7 @@ class Parent:
         options = self._options
         own = ["--spares", str(options.spares), "--ready-fd", str(report)]
         own += ["--state-dir", str(options.state_dir)] if options.state_dir else []
+        own += ["--tcp", options.tcp] if options.tcp is not None else []
         return [*self._command("luacell.broker"), *own, *(["--ephemeral"] if options.ephemeral else [])]
 
     def _on_ready(self) -> None:
@@ -307,6 +308,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--state-dir", type=Path, help="RUN_DIR/state if not given")
     parser.add_argument("--spares", type=int, default=1)
     parser.add_argument("--log-level", default="info")
+    parser.add_argument("--tcp", help="tcp://HOST:PORT on loopback for hosts without shared memory")
     parser.add_argument("--host", type=int, help="pid of the host to end with")
     parser.add_argument("--ready-fd", type=int, help="descriptor to write a byte to when serving")
     parser.add_argument("--ephemeral", action="store_true", help="remove the run directory at the end")

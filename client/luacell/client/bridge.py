@@ -18,8 +18,9 @@ from typing import Any, Final, Self
 from luacell.client.calls import Calls
 from luacell.client.deployment import Deployment
 from luacell.client.embedded import EmbeddedService
-from luacell.client.endpoint import run_directory_of
+from luacell.client.endpoint import inline_address_of, run_directory_of
 from luacell.client.function import LuaFunction
+from luacell.client.inline import InlineCalls, InlineSession
 from luacell.client.replies import Buffer, ContractInfo, as_error, raise_for_reply
 from luacell.client.scratch import ScratchVm, implementation
 from luacell.client.session import Session
@@ -76,14 +77,15 @@ class LuaHostBridge:
         """Return a bridge to a running broker.
 
         Args:
-            endpoint: its run directory, or `ipc://` and that; None takes `$LUACELL_ENDPOINT`, else the default place.
+            endpoint: its run directory, or `ipc://` and that; without shared memory `tcp://127.0.0.1:PORT`, or
+                `ipc+inline://` and the run directory; None takes `$LUACELL_ENDPOINT`, else the default place.
 
         Raises:
             Unavailable: nobody serves there.
             ValueError: the endpoint is malformed.
         """
         bridge = cls.__new__(cls)
-        bridge._open(None, run_directory_of(endpoint))
+        bridge._open(None, inline_address_of(endpoint) or run_directory_of(endpoint))
         return bridge
 
     def _embed(self, spares: int) -> None:
@@ -94,9 +96,15 @@ class LuaHostBridge:
             service.stop()
             raise
 
-    def _open(self, service: EmbeddedService | None, run_directory: Path) -> None:
-        self._session = Session.connect(run_directory)
-        self._calls = Calls(self._session)
+    def _open(self, service: EmbeddedService | None, place: Path | str) -> None:
+        self._session: Session
+        self._calls: Calls | InlineCalls
+        if isinstance(place, str):
+            self._session = session = InlineSession.reach(place)
+            self._calls = InlineCalls(session)
+        else:
+            self._session = Session.connect(place)
+            self._calls = Calls(self._session)
         self._service = service
         self._state: type[BridgeError] | None = None
         self._ids: dict[str, int] = {}
@@ -376,7 +384,7 @@ class LuaHostBridge:
 _bridges: weakref.WeakSet[LuaHostBridge] = weakref.WeakSet()
 
 
-def _clean_up(session: Session, calls: Calls, service: EmbeddedService | None, owner_pid: int) -> None:
+def _clean_up(session: Session, calls: Calls | InlineCalls, service: EmbeddedService | None, owner_pid: int) -> None:
     if os.getpid() != owner_pid:
         return
     session.close()

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Final, Protocol, TypeVar
 
 from luacell.protocol import codec
 from luacell.protocol.errors import ProtocolError, TooLarge
-from luacell.protocol.headers import PREAMBLE_SIZE, Op, head, parse_preamble, records_size
+from luacell.protocol.headers import PREAMBLE_SIZE, Op, head, inline_size, parse_preamble, records_size
 from luacell.protocol.limits import MESSAGE_MAX
 
 U32_MAX: Final = (1 << 32) - 1
@@ -177,7 +177,7 @@ def size_of(view: memoryview) -> int:
         ProtocolError: there is no whole message of this protocol.
     """
     op, count = parse_preamble(view)
-    size = records_size(op, count)
+    size = inline_size(op, view) or records_size(op, count)
     return PREAMBLE_SIZE + codec.size_of(view[PREAMBLE_SIZE:]) if size is None else size
 
 

@@ -2,7 +2,7 @@
 
 A message is one ZeroMQ frame: the preamble, then either `count` records of the operation's fixed size (this
 module) or one msgpack map (`luacell.protocol.messages`). Nothing here allocates more than the tuple that
-struct returns.
+struct returns. Where a host has no shared memory, one record is followed by a piece of its bytes.
 
     offset  0    2        3    4      6
             'LC' version  op   count  reserved (0)
@@ -10,13 +10,13 @@ struct returns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from struct import Struct
 from typing import Final, NamedTuple
 
 from luacell.protocol.errors import ProtocolError
-from luacell.protocol.limits import CALLS_PER_MESSAGE_MAX, MESSAGE_MAX
+from luacell.protocol.limits import CALLS_PER_MESSAGE_MAX, INLINE_PIECE, MESSAGE_MAX
 
 MAGIC: Final = b"LC"
 VERSION: Final = 1
@@ -38,6 +38,7 @@ class Op(IntEnum):
     LIST = 9
     HEALTH = 10
     LEASE = 11
+    CALL_INLINE = 12
     # broker to host
     WELCOME = 32
     RESULT = 33
@@ -45,6 +46,8 @@ class Op(IntEnum):
     RELEASED = 35
     REPLY = 36
     SEGMENT = 37
+    RESULT_INLINE = 38
+    PROBE = 39
     # broker to worker
     LOAD = 64
     EXECUTE = 65
@@ -63,6 +66,9 @@ class Op(IntEnum):
     EXITED = 161
     LEAVING = 162
     OUTPUT = 163
+    # between host and broker, either way
+    PIECE = 192
+    MORE = 193
 
 
 PREAMBLE: Final = Struct("<2sBBHH")
@@ -148,11 +154,53 @@ class Result(NamedTuple):
     flags: int
 
 
+class CallInline(NamedTuple):
+    """One call of a host without shared memory (40 bytes); the first piece of its arguments follows.
+
+    Fields as in Call. The first piece has INLINE_PIECE bytes, or `args_size` where that is less.
+    """
+
+    call_id: int
+    contract_id: int
+    fn_id: int
+    budget_us: int
+    flags: int
+    args_size: int
+    out_size: int
+    reserved: int = 0
+
+
+class Piece(NamedTuple):
+    """The next bytes of a call's arguments or results (16 bytes), which follow.
+
+    Attributes:
+        call_id: of the call.
+        offset: of the first byte in the whole.
+        size: bytes of this piece: INLINE_PIECE, or what is left where that is less.
+    """
+
+    call_id: int
+    offset: int
+    size: int
+
+
+class More(NamedTuple):
+    """The receiver of pieces has taken all bytes before `offset`, and may be sent more (16 bytes)."""
+
+    call_id: int
+    offset: int
+    reserved: int = 0
+
+
 CALL: Final = Struct("<QQIIIIIIII")
 EXECUTE: Final = Struct("<QQIIIIIIIIQ")
 DONE: Final = Struct("<QIIII")
 RESULT: Final = Struct("<QIIII")
 CALL_ID: Final = Struct("<Q")  # a record of CANCEL and RELEASED
+CALL_INLINE: Final = Struct("<QQIIIIII")
+RESULT_INLINE: Final = RESULT
+PIECE: Final = Struct("<QII")
+MORE: Final = Struct("<QII")
 
 _RECORDS: Final = {
     Op.CALL: CALL,
@@ -161,6 +209,17 @@ _RECORDS: Final = {
     Op.RESULT: RESULT,
     Op.CANCEL: CALL_ID,
     Op.RELEASED: CALL_ID,
+    Op.CALL_INLINE: CALL_INLINE,
+    Op.RESULT_INLINE: RESULT_INLINE,
+    Op.PIECE: PIECE,
+    Op.MORE: MORE,
+}
+
+# How many bytes follow the record, as it says itself.
+_PAYLOAD_SIZE: Final[dict[Op, Callable[[tuple[int, ...]], int]]] = {
+    Op.CALL_INLINE: lambda record: min(record[5], INLINE_PIECE),
+    Op.RESULT_INLINE: lambda record: min(record[2] + record[3], INLINE_PIECE),
+    Op.PIECE: lambda record: record[2],
 }
 
 _HEAD: Final = {op: PREAMBLE.pack(MAGIC, VERSION, op, 1, 0) for op in Op}
@@ -206,9 +265,59 @@ def parse_preamble(message: bytes | memoryview) -> tuple[Op, int]:
 
 
 def records_size(op: Op, count: int) -> int | None:
-    """Return the bytes of a hot message, or None for an operation without records."""
+    """Return the bytes of a hot message without what follows its records, or None for an operation without records."""
     record = _RECORDS.get(op)
     return None if record is None else PREAMBLE_SIZE + count * record.size
+
+
+def encode_inline(op: Op, record: tuple[int, ...], piece: bytes | memoryview) -> bytes:
+    """Encode a record and the bytes that follow it.
+
+    Args:
+        op: CALL_INLINE, RESULT_INLINE or PIECE.
+        record: the operation's fields, which say how long the piece is.
+        piece: the bytes.
+    """
+    assert _PAYLOAD_SIZE[op](record) == len(piece), (record, len(piece))
+    return b"".join((head(op), _RECORDS[op].pack(*record), piece))
+
+
+def parse_inline(op: Op, count: int, message: bytes) -> tuple[tuple[int, ...], memoryview]:
+    """Read a record and the bytes that follow it.
+
+    Args:
+        op: CALL_INLINE, RESULT_INLINE or PIECE, as `parse_preamble` returned it.
+        count: as `parse_preamble` returned it.
+        message: the whole message.
+
+    Returns:
+        The operation's fields, and a view of the bytes in `message`.
+
+    Raises:
+        ProtocolError: there is not exactly one record, or the length does not fit what it says.
+    """
+    if count != 1:
+        raise ProtocolError(f"{op.name} has count {count}; a message with a piece has 1")
+    expected = inline_size(op, message)
+    if len(message) != expected:
+        raise ProtocolError(f"{op.name} has {len(message)} bytes, not {expected}")
+    layout = _RECORDS[op]
+    return layout.unpack_from(message, PREAMBLE_SIZE), memoryview(message)[PREAMBLE_SIZE + layout.size :]
+
+
+def inline_size(op: Op, message: bytes | memoryview) -> int | None:
+    """Return the bytes of a message at the start of a buffer, or None for an operation that no piece follows.
+
+    Raises:
+        ProtocolError: the buffer ends within the record.
+    """
+    if op not in _PAYLOAD_SIZE:
+        return None
+    layout = _RECORDS[op]
+    start = PREAMBLE_SIZE + layout.size
+    if len(message) < start:
+        raise ProtocolError(f"{op.name} has {len(message)} bytes, less than its record's {start}")
+    return start + _PAYLOAD_SIZE[op](layout.unpack_from(message, PREAMBLE_SIZE))
 
 
 def parse_records(op: Op, count: int, message: bytes) -> Iterator[tuple[int, ...]]:

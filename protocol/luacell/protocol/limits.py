@@ -28,6 +28,14 @@ TOTAL_MEMORY_MAX: Final = 4096 * MIB  # bytes of segments in all: four hosts at 
 SEGMENTS_PER_ARENA_MAX: Final = 64  # pairs; a slot number keeps the pair in its high 16 bits
 SLOTS_PER_SEGMENT_MAX: Final = 128
 
+# -- payloads of hosts without shared memory -----------------------------------------------------------------
+INLINE_PIECE: Final = 256 * KIB  # bytes; copied in 50 us, so that nobody waits long behind one
+INLINE_WINDOW: Final = 8  # pieces of a call that were not acknowledged: 2 MiB
+INLINE_HOST_WINDOW: Final = 64  # pieces of results of one host that it has not acknowledged: 16 MiB
+INLINE_SMALL_MAX: Final = 16 * KIB  # bytes of results that are not acknowledged: 4096 queued ones are 64 MiB
+INLINE_STALL_NS: Final = 10 * NS_PER_S  # a host that takes no piece of its results for this long is sent away
+INLINE_PROBE_NS: Final = NS_PER_S  # between looks at whether such a host is there
+
 # -- hosts and contracts -------------------------------------------------------------------------------------
 CALLS_IN_FLIGHT_MAX: Final = 1024  # per host; its slots of 12 KiB are 12 MiB
 QUEUE_MAX: Final = 1024  # calls that wait for one contract, over all hosts

@@ -48,6 +48,8 @@ from luacell.protocol.limits import (
 )
 
 ROUTING_ID_SIZE: Final = 16
+HOST: Final = "host"
+INLINE: Final = "inline"
 SANDBOX_LEVELS: Final = ("default", "hardened", "untrusted")
 REASON_MAX: Final = 2 * ERROR_TEXT_MAX  # characters: an error text within a sentence of our own
 POSTURE_MAX: Final = 400  # characters
@@ -71,7 +73,7 @@ class Hello:
     """A peer introduces itself; first message of a host on either channel and of a worker host.
 
     Attributes:
-        role: "host" or "worker-host".
+        role: "host", "inline" (a host without shared memory, over ZeroMQ alone) or "worker-host".
         version: the highest protocol version it speaks.
     """
 
@@ -260,6 +262,13 @@ class Bye:
     """A host leaves; its queued calls are dropped."""
 
     OP: ClassVar[Op] = Op.BYE
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The broker finds out whether a host without shared memory is there; no answer."""
+
+    OP: ClassVar[Op] = Op.PROBE
 
 
 SLOT_FATES: Final = ("free", "kept", "unused")
