@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         host.run()
     except (ChannelClosed, TimeoutError, ProtocolError) as error:
-        log.error("broker is gone", extra={"fields": {"reason": str(error)}})
+        log.info("broker is gone", extra={"fields": {"reason": str(error)}})
         return 1
     finally:
         host.close()
