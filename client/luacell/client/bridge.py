@@ -12,7 +12,7 @@ import threading
 import weakref
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from luacell.client.arguments import Arguments, Contract, Names, checked_capacity, without_emptiness
 from luacell.client.calls import Calls
@@ -21,7 +21,8 @@ from luacell.client.embedded import EmbeddedService
 from luacell.client.endpoint import run_directory_of
 from luacell.client.function import LuaFunction
 from luacell.client.interrupts import uninterrupted
-from luacell.client.link import Budget, Link, Place
+from luacell.client.lifecycle import Bridge
+from luacell.client.link import Budget, Link, Place, may_look_again
 from luacell.client.replies import Buffer, ContractInfo, as_error, raise_for_reply
 from luacell.client.requests import (
     Listing,
@@ -32,7 +33,7 @@ from luacell.client.requests import (
     registration,
     unregistration,
 )
-from luacell.client.scratch import ScratchVm, implementation
+from luacell.client.scratch import ATTEMPTS, ScratchVm, implementation
 from luacell.protocol import messages
 from luacell.protocol.errors import (
     AbiError,
@@ -43,16 +44,13 @@ from luacell.protocol.errors import (
     CallError,
     DuplicateContract,
     HostContractNotFound,
-    SupportedLanguage,
     Unavailable,
 )
 from luacell.protocol.identity import FN_ID_MAX, ContractRef
 from luacell.protocol.limits import PAYLOAD_MAX
 
-SCRATCH_ATTEMPTS: Final = 3  # the broker may go again while the scratch VM is registered anew
 
-
-class LuaHostBridge:
+class LuaHostBridge(Bridge):
     """A bridge to Lua host contracts.
 
     `LuaHostBridge()` runs a private service and ends it with `close()`; `LuaHostBridge.connect()` uses a running one.
@@ -103,13 +101,12 @@ class LuaHostBridge:
 
     def _open(self, place: Place) -> None:
         self._link = Link(place)
-        self._state: type[BridgeError] | None = None
         self._names = Names()
         self._ids = self._names.ids
         self._scratch_lock = threading.Lock()
         self._scratch: ScratchVm | None = None
-        self._finalizer = weakref.finalize(self, _clean_up, self._link, os.getpid())
-        _bridges.add(self)
+        self._finalizer: weakref.finalize[..., object] = weakref.finalize(self, _clean_up, self._link, os.getpid())
+        self._joined()
 
     def __enter__(self) -> Self:
         return self
@@ -120,17 +117,17 @@ class LuaHostBridge:
         self.close()
 
     def __repr__(self) -> str:
-        kind = "connected" if self._link.place.service is None else "embedded"
-        state = "open" if self._state is None else self._state.__name__
-        return f"<{type(self).__name__} {kind} {state} broker_pid={self._link.calls.session.broker_pid}>"
+        return self._described(self._link.calls.session.broker_pid)
+
+    def _way(self) -> Link:
+        return self._link
 
     def close(self) -> None:
         """Leave the broker, and end it where it is this bridge's own. Idempotent; running calls get Unavailable."""
         if self._state is BridgeForked:
             return
-        self._state = BridgeClosed
+        self._parted(BridgeClosed)
         self._finalizer()
-        _bridges.discard(self)
 
     # -- contracts ------------------------------------------------------------------------------------------------
     def register_host_contract(self, contract: Contract, implementation: LuaFunction, *, replace: bool = False) -> None:
@@ -289,11 +286,10 @@ class LuaHostBridge:
             CallError: it failed for another reason, or again.
             BridgeClosed: the bridge was closed meanwhile.
         """
-        link = self._link
-        link.place.read_log()
-        deadline_us = link.place.deadlines_us.get(arguments.contract_id, 0)
-        budget = Budget(arguments.timeout_us, deadline_us)
-        while isinstance(error, Unavailable) and error.began == "no" and not calls.session.is_open:
+        place = self._link.place
+        place.read_log()
+        budget = Budget.of(arguments, place)
+        while isinstance(error, Unavailable) and may_look_again(error, calls.session.is_open):
             self._check()
             calls = self._renew(calls, budget)
             try:
@@ -311,10 +307,6 @@ class LuaHostBridge:
         """Return how the service is: hosts, contracts, workers (pid, contract, state), queues, memory, deaths."""
         return dict(self._request(health).body)
 
-    def runtime_type(self) -> SupportedLanguage:
-        """Return SupportedLanguage.LUA."""
-        return SupportedLanguage.LUA
-
     def lua(self) -> ScratchVm:
         """Return access to this bridge's scratch VM, in a worker of its own."""
         self._check()
@@ -330,7 +322,7 @@ class LuaHostBridge:
 
     def _call_scratch(self, scratch_id: int, args: bytes, size: int) -> bytes:
         """Call the scratch VM; it is private to a session, so that a new session needs a new one."""
-        for _ in range(SCRATCH_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             try:
                 return self.call(scratch_id, 0, args, size)
             except HostContractNotFound:
@@ -348,39 +340,17 @@ class LuaHostBridge:
                 answer = calls.session.request(make).answer
             except Unavailable as error:
                 link.place.read_log()
-                if error.began != "no" or calls.session.is_open:
+                if not may_look_again(error, calls.session.is_open):
                     raise
-                self._check()
-                calls = self._renew(calls, budget)
             else:
                 break
+            self._check()
+            calls = self._renew(calls, budget)
         assert isinstance(answer, messages.Reply)
         raise_for_reply(answer, contract_id)
         return answer
-
-    def _check(self) -> None:
-        if self._state is not None:
-            if self._state is BridgeForked:
-                raise BridgeForked("this bridge belongs to the parent process; create or connect one after the fork")
-            raise BridgeClosed("this bridge was closed; create or connect another one")
-
-    def _leave_in_child(self) -> None:
-        self._state = BridgeForked
-        self._finalizer.detach()
-        self._link.leave_in_child()
-
-
-_bridges: weakref.WeakSet[LuaHostBridge] = weakref.WeakSet()
 
 
 def _clean_up(link: Link, owner_pid: int) -> None:
     if os.getpid() == owner_pid:
         link.close()
-
-
-def _leave_all_in_child() -> None:
-    for bridge in list(_bridges):
-        bridge._leave_in_child()
-
-
-os.register_at_fork(after_in_child=_leave_all_in_child)

@@ -17,7 +17,7 @@ from typing import Final
 
 from luacell.client.arena import GRACE_S, Arena, Slot
 from luacell.client.interrupts import uninterrupted
-from luacell.client.memory import LEASES_MAX, HostMemory, all_taken, is_busy, open_pair
+from luacell.client.memory import LEASES_MAX, HostMemory, all_taken, is_busy, open_pair, too_late
 from luacell.client.pending import Pending
 from luacell.client.replies import value_size
 from luacell.client.session import Session
@@ -140,7 +140,7 @@ class Calls:
     def _make_room(self, contract_id: int, args_size: int, out_size: int, thread: int, until_s: float) -> Arena:
         """Return the arena of a contract, in which there was a slot for a moment."""
         if not self._growing.acquire(timeout=max(0.0, until_s - time.monotonic())):
-            raise Unavailable("the broker does not grant memory in time", began="no")
+            raise too_late()
         try:
             session, memory = self._session, self._memory
             with session.lock:

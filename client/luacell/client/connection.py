@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 import time
 from pathlib import Path
@@ -51,6 +53,11 @@ class Connection(NamedTuple):
     def end(self) -> None:
         """Wait until it has left."""
         self.context.term()
+
+    def leave_in_child(self) -> None:
+        """Close, in a forked child, what would hide the parent's death from the broker."""
+        with contextlib.suppress(OSError):
+            os.close(self.channel.detach())
 
 
 def connect(run_directory: Path, limit_s: float = CONNECT_LIMIT_S) -> Connection:

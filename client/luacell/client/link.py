@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from luacell.client.arguments import Arguments
 from luacell.client.calls import Calls
 from luacell.client.connection import CONNECT_LIMIT_S
 from luacell.client.embedded import EmbeddedService
@@ -22,7 +23,7 @@ from luacell.protocol.limits import DEADLINE_DEFAULT_US, US_PER_S
 
 PAUSE_FIRST_S: Final = 0.01
 PAUSE_MAX_S: Final = 0.25
-BUDGET_DEFAULT_S: Final = DEADLINE_DEFAULT_US / US_PER_S  # for who has none of his own
+CLOSED: Final = "this bridge was closed; create or connect another one"
 
 
 def pauses() -> Iterator[float]:
@@ -31,6 +32,16 @@ def pauses() -> Iterator[float]:
     while True:
         yield pause_s
         pause_s = min(2 * pause_s, PAUSE_MAX_S)
+
+
+def may_look_again(error: Unavailable, is_open: bool) -> bool:
+    """Tell whether a call or request found the broker gone and was never sent, so that it may be sent again.
+
+    Args:
+        error: how it failed.
+        is_open: whether its session is there.
+    """
+    return error.began == "no" and not is_open
 
 
 class Budget:
@@ -45,6 +56,11 @@ class Budget:
         self._is_set = bool(timeout_us or deadline_us)
         smaller_us = min(timeout_us or deadline_us, deadline_us or timeout_us) or DEADLINE_DEFAULT_US
         self.until_s = time.monotonic() + smaller_us / US_PER_S
+
+    @classmethod
+    def of(cls, arguments: Arguments, place: Place) -> Budget:
+        """Return the budget of a call."""
+        return cls(arguments.timeout_us, place.deadlines_us.get(arguments.contract_id, 0))
 
     @property
     def left_s(self) -> float:
@@ -122,7 +138,7 @@ class Link:
                 lost.close()
                 self._adopt(self._connect(until_s))
             if self.is_closed:
-                raise BridgeClosed("this bridge was closed; create or connect another one")
+                raise BridgeClosed(CLOSED)
             return self.calls
         finally:
             self._connecting.release()

@@ -15,7 +15,7 @@ from luacell.client.arena import GRACE_S, IDLE_PAIR_BYTES_MIN, IDLE_PAIR_S, Aren
 from luacell.client.pending import Pending
 from luacell.client.replies import raise_not_found
 from luacell.protocol import messages
-from luacell.protocol.errors import AbiErrorCode, Busy, call_error_class
+from luacell.protocol.errors import AbiErrorCode, Busy, Unavailable, call_error_class
 from luacell.protocol.limits import DEADLINE_DEFAULT_US, US_PER_S
 from luacell.protocol.messages import Message, id_bytes
 
@@ -160,3 +160,8 @@ def open_pair(arena: Arena, pending: Pending) -> HostPair | None:
 def all_taken() -> Busy:
     """Return the error for a caller whom others were faster than, each time."""
     return Busy("every slot is taken by other callers; retry later", began="no", limit="slots")
+
+
+def too_late() -> Unavailable:
+    """Return the error for a caller whose time ended while others were getting memory."""
+    return Unavailable("the broker does not grant memory in time", began="no")

@@ -45,7 +45,7 @@ _EVENTS: Final = int(zmq.EVENTS)
 _POLLIN: Final = int(zmq.POLLIN)
 _POLLOUT: Final = int(zmq.POLLOUT)
 _send: Final = zmq.backend.Socket.send  # without the wrapper's handling of options that we do not use
-_FULL: Final = "the broker takes no messages: it is gone or overloaded"
+FULL: Final = "the broker takes no messages: it is gone or overloaded"
 _RESULT_HEAD: Final = RESULT_HEAD
 _RESULT: Final = Struct(f"<{headers.PREAMBLE_SIZE}s" + headers.RESULT.format.removeprefix("<"))
 _RESULT_SIZE: Final = RESULT_SIZE
@@ -262,7 +262,7 @@ class Session:
             channel.register(self._channel_fd, select.POLLIN)
             channel.poll(LAST_WORDS_S * _MS)
             self._read_grants()
-        return Unavailable(self.ledger.lost or _FULL, began="no")
+        return Unavailable(self.ledger.lost or FULL, began="no")
 
     # -- waiting --------------------------------------------------------------------------------------------------
     def wait(self, pending: Pending, limit_s: float, expected: str) -> None:
@@ -481,5 +481,4 @@ class Session:
 
     def leave_in_child(self) -> None:
         """Close, in a forked child, what would hide the parent's death from the broker."""
-        with contextlib.suppress(OSError):
-            os.close(self._channel.detach())
+        self._connection.leave_in_child()
