@@ -39,7 +39,17 @@ from luacell.client import (
     WorkerCrashed,
 )
 from luacell.protocol.limits import MIB
-from tests.support.contracts import DOUBLE, ECHO, HEALTHY, PROBE, Stopwatch, deploy, function, write_deployment
+from tests.support.contracts import (
+    DOUBLE,
+    ECHO,
+    HEALTHY,
+    NUMBERED,
+    PROBE,
+    Stopwatch,
+    deploy,
+    function,
+    write_deployment,
+)
 from tests.support.processes import (
     Process,
     broker_pid,
@@ -57,15 +67,6 @@ TASKS = 50
 CALLS = 40
 CLOSED_WITHIN_S = 2.0
 ENDLESS = function("while true do end")
-
-# Answers args with the function id in its second number; fn 3 fails with what it was given, fn 4 crashes.
-NUMBERED = function("""
-  local number = ffi.cast("uint32_t *", args)[0]
-  if fn_id == 3 then error("failed " .. number, 0) end
-  if fn_id == 4 then ffi.cast("int *", 0)[0] = 1 end
-  ffi.copy(out, args, 8)
-  ffi.cast("uint32_t *", out)[1] = fn_id
-""")
 
 
 def place_of(bridge: LuaHostBridge) -> str:

@@ -114,14 +114,12 @@ class AsyncLink:
 
     def _end(self) -> None:
         self.calls.session.end()
-        if self.place.service is not None:
-            self.place.service.stop()
+        self.place.stop()
 
     def leave_in_child(self) -> None:
         """Let go, in a forked child, of what is the parent's."""
         self.calls.leave_in_child()
-        if self.place.service is not None:
-            self.place.service.leave_in_child()
+        self.place.leave_in_child()
 
 
 async def _connection(place: Place, limit_s: float) -> Connection:

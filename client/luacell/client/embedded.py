@@ -114,10 +114,6 @@ class EmbeddedService:
         self._remove()
         self.log.close()
 
-    def leave_in_child(self) -> None:
-        """Close, in a forked child, what is the parent's."""
-        os.close(self.log.descriptor)
-
     def _remove(self) -> None:
         shutil.rmtree(self.run_directory, ignore_errors=True)
 

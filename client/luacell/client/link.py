@@ -95,6 +95,16 @@ class Place:
         if self.service is not None:
             self.service.log.read()
 
+    def stop(self) -> None:
+        """End the broker where it is the bridge's own."""
+        if self.service is not None:
+            self.service.stop()
+
+    def leave_in_child(self) -> None:
+        """Close, in a forked child, what is the parent's."""
+        if self.service is not None:
+            self.service.log.leave_in_child()
+
     def gone(self, reason: str) -> Unavailable:
         """Return the error for a call that did not find a broker in its time."""
         kind = "the embedded service" if self.service is not None else "the broker"
@@ -116,9 +126,20 @@ class Link:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.calls = Calls(Session.connect(place.run_directory), place.deadlines_us)
         self.is_closed = False
         self._connecting = threading.Lock()
+        self.calls = self._made(CONNECT_LIMIT_S)
+
+    def _made(self, limit_s: float) -> Calls:
+        """Connect.
+
+        Raises:
+            Unavailable: nobody serves there, or it does not answer within `limit_s` seconds.
+        """
+        session = Session.connect(self.place.run_directory, limit_s)
+        if self.place.service is not None:
+            session.watch_aside(self.place.service.log.descriptor, self.place.service.log.read)
+        return Calls(session, self.place.deadlines_us)
 
     def renew(self, lost: Calls, until_s: float) -> Calls:
         """Return the calls of a session that is not `lost`, connecting where nobody else has.
@@ -136,42 +157,35 @@ class Link:
         try:
             if self.calls is lost and not self.is_closed:
                 lost.close()
-                self._adopt(self._connect(until_s))
+                self.calls = self._connect(until_s)
+                if self.is_closed:  # while it was made
+                    self.calls.close()
             if self.is_closed:
                 raise BridgeClosed(CLOSED)
             return self.calls
         finally:
             self._connecting.release()
 
-    def _connect(self, until_s: float) -> Session:
+    def _connect(self, until_s: float) -> Calls:
         reason = "time is up"
         for pause_s in pauses():
             left_s = until_s - time.monotonic()
             if left_s <= 0 or self.is_closed or self.place.has_ended:
                 break
             try:
-                return Session.connect(self.place.run_directory, min(left_s, CONNECT_LIMIT_S))
+                return self._made(min(left_s, CONNECT_LIMIT_S))
             except Unavailable as error:
                 reason = error.message
             time.sleep(max(0.0, min(pause_s, until_s - time.monotonic())))
         raise self.place.gone("it has ended" if self.place.has_ended else reason)
 
-    def _adopt(self, session: Session) -> None:
-        """Use a new session from here on, unless the bridge was closed while it was made."""
-        calls = Calls(session, self.place.deadlines_us)
-        self.calls = calls
-        if self.is_closed:
-            calls.close()
-
     def close(self) -> None:
         """Leave the broker, and end it where it is the bridge's own. Does not wait for whoever is connecting."""
         self.is_closed = True
         self.calls.close()
-        if self.place.service is not None:
-            self.place.service.stop()
+        self.place.stop()
 
     def leave_in_child(self) -> None:
         """Let go, in a forked child, of what is the parent's."""
         self.calls.leave_in_child()
-        if self.place.service is not None:
-            self.place.service.leave_in_child()
+        self.place.leave_in_child()

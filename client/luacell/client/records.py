@@ -158,6 +158,12 @@ class ServiceLog:
             os.close(descriptor)
         self.close_writer()
 
+    def leave_in_child(self) -> None:
+        """Close, in a forked child, what is the parent's; its locks may be held by threads that are not here."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
 
 def wanted_level() -> str:
     """Return the least level of records that somebody here listens to."""

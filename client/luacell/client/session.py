@@ -84,6 +84,8 @@ class Session:
         self._poll = select.poll()
         self._dealer_fd = int(self._dealer.getsockopt(zmq.FD))
         self._channel_fd = self._channel.fileno()
+        self._aside_fd = -1
+        self._read_aside: Callable[[], bool] = lambda: False
         for descriptor in (self._dealer_fd, self._channel_fd, self._wake):
             self._poll.register(descriptor, select.POLLIN)
 
@@ -105,6 +107,16 @@ class Session:
             connection.close(is_lost=True)
             connection.end()
             raise
+
+    def watch_aside(self, descriptor: int, read: Callable[[], bool]) -> None:
+        """Have whoever waits read something else by the way.
+
+        Args:
+            descriptor: readable when there is something; stays the caller's.
+            read: reads it, without waiting, and tells whether more may come.
+        """
+        self._aside_fd, self._read_aside = descriptor, read
+        self._poll.register(descriptor, select.POLLIN)
 
     # -- sending --------------------------------------------------------------------------------------------------
     def call(self, pending: Pending, message: bytes, limit_s: float) -> None:
@@ -351,8 +363,12 @@ class Session:
         """Read for all until `pending` is answered or time is up, then leave the reading to another."""
         while not pending.is_done and (left_s := until_s - time.monotonic()) > 0:
             ready = self._poll.poll(left_s * _MS + 1)
-            if any(descriptor == self._channel_fd for descriptor, _ in ready):
+            descriptors = [descriptor for descriptor, _ in ready]
+            if self._channel_fd in descriptors:
                 uninterrupted(self._read_channel)
+            if self._aside_fd in descriptors and not self._read_aside():
+                self._poll.unregister(self._aside_fd)
+                self._aside_fd = -1
             with self.lock:
                 self._read_ready(ready)
         with self.lock:
