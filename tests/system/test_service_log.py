@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from pathlib import Path
 
 import pytest
 
 from luacell.client import AsyncLuaHostBridge, BridgeNotInitialized, LuaFunction, LuaHostBridge, WorkerCrashed
-from tests.support.contracts import COUNTER, DOUBLE, HEALTHY, PROBE, answers
+from tests.support.contracts import COUNTER, DOUBLE, HEALTHY, PROBE, answers, deploy, function
+from tests.support.processes import broker_pid, run_directory
 from tests.support.waiting import LIMIT_S, eventually
 
 CRASH = 1  # of COUNTER
@@ -47,6 +49,19 @@ def test_death_of_a_worker_is_a_record_without_any_further_use(log: pytest.LogCa
                     await asyncio.sleep(0.005)
 
     asyncio.run(main())
+
+
+def test_who_waits_reads_for_the_service(log: pytest.LogCaptureFixture) -> None:
+    with LuaHostBridge() as bridge:
+        deploy(bridge, function("while true do end"), HEALTHY, deadline="30s")
+        bridge.register_host_contract(PROBE, LuaFunction(COUNTER))
+        place = run_directory(broker_pid(bridge))
+        waiting = threading.Thread(target=bridge.call_host_contract, args=(HEALTHY, 0, None, None))
+        waiting.start()
+        with LuaHostBridge.connect(place) as other, pytest.raises(WorkerCrashed):
+            other.call(PROBE, CRASH)
+        eventually(lambda: told_of_crash(log), "the death is recorded")
+    waiting.join(LIMIT_S)
 
 
 def test_what_was_not_read_before_is_read_at_the_end(log: pytest.LogCaptureFixture) -> None:
