@@ -19,7 +19,7 @@ from luacell.client.arena import Arena
 from luacell.client.connection import Connection
 from luacell.client.ledger import Ledger
 from luacell.client.pending import Pending
-from luacell.client.session import FULL, LAST_WORDS_S, REQUEST_LIMIT_S
+from luacell.client.session import FULL, LAST_WORDS_S, REQUEST_LIMIT_S, refuse_grant
 from luacell.protocol import errors, headers, messages
 from luacell.protocol.errors import ProtocolError, Unavailable
 from luacell.protocol.headers import Op
@@ -174,7 +174,10 @@ class AsyncSession:
             pending.is_sent = True
             await self.wait(pending, limit_s, f"an answer within {limit_s:g} s")
         except BaseException:
-            self._return_grant(pending)
+            unwanted = refuse_grant(pending)
+            if unwanted is not None:
+                with contextlib.suppress(Unavailable):
+                    self.tell(unwanted)
             raise
         finally:
             self.ledger.requests.pop(request_id, None)
@@ -188,13 +191,6 @@ class AsyncSession:
             self.ledger.check()
             raise
         self.loop.call_soon(self._read_all)
-
-    def _return_grant(self, pending: Pending) -> None:
-        """The task that asked for memory was cancelled in the moment that it came."""
-        if isinstance(pending.answer, messages.Segment):
-            close_all(pending.descriptors)
-            with contextlib.suppress(Unavailable):
-                self.tell(messages.GiveBack(arena=pending.answer.arena, index=pending.answer.index))
 
     # -- waiting --------------------------------------------------------------------------------------------------
     async def wait(self, pending: Awaited, limit_s: float, expected: str) -> None:

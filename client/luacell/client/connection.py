@@ -70,6 +70,7 @@ def connect(run_directory: Path, limit_s: float = CONNECT_LIMIT_S) -> Connection
     Raises:
         Unavailable: nobody serves there, or it does not answer.
     """
+    limit_s = max(limit_s, _LEAST_S)
     give_up_s = time.monotonic() + limit_s
     path = run_directory / DESCRIPTOR_SOCKET
     try:

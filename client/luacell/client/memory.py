@@ -104,12 +104,14 @@ class HostMemory:
         self._deadlines_us.pop(contract_id, None)
         arena = self.arenas.pop(contract_id, None)
         if arena is not None:
-            self._give_back(arena.retire())
+            idle = arena.retire()
             self._retired = [each for each in (*self._retired, arena) if each.pairs]
+            self._give_back(idle)
 
     def give_back_drained(self, arena: Arena) -> None:
         """Give back what a retired arena had still in use."""
-        drained, arena.drained = arena.drained, []
+        drained = [pair for pair in arena.drained if pair in arena.pairs]  # the rest went with the session
+        arena.drained = []
         for pair in drained:
             arena.pairs.remove(pair)
         self._give_back(drained)

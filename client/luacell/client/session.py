@@ -232,9 +232,15 @@ class Session:
                 self._send(message)
                 pending.is_sent = True
             self.wait(pending, limit_s, f"an answer within {limit_s:g} s")
-        finally:
-            with self.lock:
+        except BaseException:
+            with self.lock, contextlib.suppress(Unavailable):
                 self._requests.pop(request_id, None)
+                unwanted = refuse_grant(pending)
+                if unwanted is not None:
+                    self.tell(unwanted)
+            raise
+        with self.lock:
+            self._requests.pop(request_id, None)
         return pending
 
     def tell(self, message: Message) -> None:
@@ -498,3 +504,11 @@ class Session:
     def leave_in_child(self) -> None:
         """Close, in a forked child, what would hide the parent's death from the broker."""
         self._connection.leave_in_child()
+
+
+def refuse_grant(pending: Pending) -> Message | None:
+    """Close what a lease was granted in the moment that its owner gave up; return what to tell the broker."""
+    if not isinstance(pending.answer, messages.Segment):
+        return None
+    close_all(pending.descriptors)
+    return messages.GiveBack(arena=pending.answer.arena, index=pending.answer.index)
