@@ -40,6 +40,21 @@ end
 """
 
 
+def function(body: str) -> str:
+    """Return a chunk whose function has the given body, with `ffi` at hand."""
+    return f'local ffi = require("ffi")\nreturn function(fn_id, args, out)\n{body}\nend\n'
+
+
+# Answers args with the function id in its second number; fn 3 fails with what it was given, fn 4 crashes.
+NUMBERED = function("""
+  local number = ffi.cast("uint32_t *", args)[0]
+  if fn_id == 3 then error("failed " .. number, 0) end
+  if fn_id == 4 then ffi.cast("int *", 0)[0] = 1 end
+  ffi.copy(out, args, 8)
+  ffi.cast("uint32_t *", out)[1] = fn_id
+""")
+
+
 def deploy(bridge: LuaHostBridge, source: str, name: str = PROBE, **settings: str | int | bool) -> str:
     """Deploy one chunk with the given keys of `luacell.toml`; return the contract's name."""
     with tempfile.TemporaryDirectory(prefix="probe-") as directory:
@@ -53,11 +68,6 @@ def write_deployment(directory: Path, source: str, name: str = PROBE, **settings
     keys = {"source": "probe.lua", **settings}
     lines = [f'[contract."{name}"]', *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
     (directory / "luacell.toml").write_text("\n".join(lines) + "\n")
-
-
-def function(body: str) -> str:
-    """Return a chunk whose function has the given body, with `ffi` at hand."""
-    return f'local ffi = require("ffi")\nreturn function(fn_id, args, out)\n{body}\nend\n'
 
 
 def unregister_all(bridge: LuaHostBridge) -> None:

@@ -69,7 +69,9 @@ class Process:
         self.pid = pid
         self.pidfd = os.pidfd_open(pid)
         after = status_of(pid)
-        assert after is not None and after.start == before.start, f"process {pid} is gone"
+        if after is None or after.start != before.start:
+            os.close(self.pidfd)
+            raise AssertionError(f"process {pid} is gone")
 
     def __repr__(self) -> str:
         return f"<Process {self.pid}>"

@@ -22,22 +22,13 @@ from luacell.client import (
     Unavailable,
     WorkerCrashed,
 )
-from tests.support.contracts import DOUBLE, HEALTHY, PROBE, Stopwatch, answers, deploy, function
+from tests.support.contracts import DOUBLE, HEALTHY, NUMBERED, PROBE, Stopwatch, answers, deploy, function
 from tests.support.processes import descriptors_of, thread_count
 from tests.support.waiting import LIMIT_S, eventually, settles
 
 ROOT = Path(__file__).parents[2]
 THREADS = 8
 CALLS = 500
-
-# Answers args with the function id added to its first number; fn 3 fails with what it was given, fn 4 crashes.
-NUMBERED = function("""
-  local number = ffi.cast("uint32_t *", args)[0]
-  if fn_id == 3 then error("failed " .. number, 0) end
-  if fn_id == 4 then ffi.cast("int *", 0)[0] = 1 end
-  ffi.copy(out, args, 8)
-  ffi.cast("uint32_t *", out)[1] = fn_id
-""")
 
 
 def run(work: Callable[[int], None], count: int = THREADS) -> None:

@@ -7,11 +7,12 @@ bridge.register_host_contract("host.echo@1", LuaFunction(source))
 reply = bridge.call("host.echo@1", 0, b"hello", 5)
 """
 
+from luacell.client.async_bridge import AsyncLuaHostBridge
 from luacell.client.bridge import LuaHostBridge
 from luacell.client.deployment import DeploymentError
 from luacell.client.function import LuaFunction
 from luacell.client.replies import ContractInfo
-from luacell.client.scratch import ScratchVm
+from luacell.client.scratch import AsyncScratchVm, ScratchVm
 from luacell.protocol.errors import (
     AbiError,
     AbiErrorCode,
@@ -57,6 +58,8 @@ from luacell.protocol.identity import GuestContractId, HostContractId
 __all__ = [
     "AbiError",
     "AbiErrorCode",
+    "AsyncLuaHostBridge",
+    "AsyncScratchVm",
     "BadRequest",
     "BridgeClosed",
     "BridgeError",

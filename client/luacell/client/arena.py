@@ -7,6 +7,7 @@ nobody else can touch it. Methods that take from an arena run under the session'
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
 from typing import Final
 
@@ -136,6 +137,7 @@ class HostPair:
             self.args.close()
             raise
         self.is_closed = False
+        self._closing = threading.Lock()
         self.free = [Slot(self, position) for position in reversed(range(shape.count))]
         self.used_s = 0.0  # monotonic, of the last use; kept for large pairs only
 
@@ -145,11 +147,12 @@ class HostPair:
         return len(self.free) == self.shape.count
 
     def close(self) -> None:
-        """Unmap; nobody holds a slot."""
-        self.is_closed = True
-        self.free.clear()
-        self.args.close()
-        self.out.close()
+        """Unmap; nobody holds a slot. Idempotent: two threads may give back the last ones at once."""
+        with self._closing:
+            self.is_closed = True
+            self.free.clear()
+            self.args.close()
+            self.out.close()
 
 
 class Slot:
@@ -209,7 +212,11 @@ class Slot:
     def read(self, size: int) -> bytes:
         """Return a copy of the first bytes of the results."""
         start = self._out_start
-        return self._out_view[start : start + size].tobytes()
+        if size < COPY_UNLOCKED_MIN:
+            return self._out_view[start : start + size].tobytes()
+        result = bytes(size)  # nobody else has it yet, so it may still be filled
+        ctypes.memmove(ctypes.c_char_p(result), self._pair.out.address + start, size)
+        return result
 
     def copy_out(self, target: memoryview) -> None:
         """Copy results into a writable buffer, as many bytes as it holds."""

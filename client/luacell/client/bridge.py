@@ -10,20 +10,30 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
+from luacell.client.arguments import Arguments, Contract, Names, checked_capacity, without_emptiness
 from luacell.client.calls import Calls
 from luacell.client.deployment import Deployment
 from luacell.client.embedded import EmbeddedService
-from luacell.client.endpoint import inline_address_of, run_directory_of
 from luacell.client.function import LuaFunction
-from luacell.client.inline import InlineCalls, InlineSession
+from luacell.client.inline import InlineCalls
+from luacell.client.interrupts import uninterrupted
+from luacell.client.lifecycle import Bridge
+from luacell.client.link import Budget, Link, Place, may_look_again, place_of
 from luacell.client.replies import Buffer, ContractInfo, as_error, raise_for_reply
-from luacell.client.scratch import ScratchVm, implementation
-from luacell.client.session import Session
+from luacell.client.requests import (
+    Listing,
+    Request,
+    checked_function,
+    health,
+    random_id,
+    registration,
+    unregistration,
+)
+from luacell.client.scratch import ATTEMPTS, ScratchVm, implementation
 from luacell.protocol import messages
 from luacell.protocol.errors import (
     AbiError,
@@ -32,20 +42,15 @@ from luacell.protocol.errors import (
     BridgeError,
     BridgeForked,
     CallError,
-    SupportedLanguage,
-    TooLarge,
-    TypeMismatch,
+    DuplicateContract,
+    HostContractNotFound,
+    Unavailable,
 )
-from luacell.protocol.identity import FN_ID_MAX, ContractRef, HostContractId
-from luacell.protocol.limits import DEADLINE_MAX_US, PAYLOAD_MAX, SPARES_MAX, US_PER_S
-from luacell.protocol.messages import Settings, id_bytes
-
-Contract = int | str | HostContractId
-
-_IDS_MAX: Final = 4096  # contract names whose id is remembered
+from luacell.protocol.identity import FN_ID_MAX, ContractRef
+from luacell.protocol.limits import PAYLOAD_MAX
 
 
-class LuaHostBridge:
+class LuaHostBridge(Bridge):
     """A bridge to Lua host contracts.
 
     `LuaHostBridge()` runs a private service and ends it with `close()`; `LuaHostBridge.connect()` uses a running one.
@@ -66,8 +71,7 @@ class LuaHostBridge:
             ValueError: `capacity` is outside 0..64.
             BridgeNotInitialized: the embedded service did not come up.
         """
-        if not 0 <= capacity <= SPARES_MAX:
-            raise ValueError(f"capacity {capacity} is outside 0..{SPARES_MAX}")
+        checked_capacity(capacity)
         bridge = cls.__new__(cls)
         bridge._embed(spares=capacity)
         return bridge
@@ -85,33 +89,25 @@ class LuaHostBridge:
             ValueError: the endpoint is malformed.
         """
         bridge = cls.__new__(cls)
-        bridge._open(None, inline_address_of(endpoint) or run_directory_of(endpoint))
+        bridge._open(place_of(endpoint))
         return bridge
 
     def _embed(self, spares: int) -> None:
         service = EmbeddedService(spares)
         try:
-            self._open(service, service.run_directory)
+            self._open(Place(service.run_directory, service))
         except BaseException:
             service.stop()
             raise
 
-    def _open(self, service: EmbeddedService | None, place: Path | str) -> None:
-        self._session: Session
-        self._calls: Calls | InlineCalls
-        if isinstance(place, str):
-            self._session = session = InlineSession.reach(place)
-            self._calls = InlineCalls(session)
-        else:
-            self._session = Session.connect(place)
-            self._calls = Calls(self._session)
-        self._service = service
-        self._state: type[BridgeError] | None = None
-        self._ids: dict[str, int] = {}
+    def _open(self, place: Place) -> None:
+        self._link = Link(place)
+        self._names = Names()
+        self._ids = self._names.ids
         self._scratch_lock = threading.Lock()
         self._scratch: ScratchVm | None = None
-        self._finalizer = weakref.finalize(self, _clean_up, self._session, self._calls, service, os.getpid())
-        _bridges.add(self)
+        self._finalizer: weakref.finalize[..., object] = weakref.finalize(self, _clean_up, self._link, os.getpid())
+        self._joined()
 
     def __enter__(self) -> Self:
         return self
@@ -122,17 +118,17 @@ class LuaHostBridge:
         self.close()
 
     def __repr__(self) -> str:
-        kind = "connected" if self._service is None else "embedded"
-        state = "open" if self._state is None else self._state.__name__
-        return f"<{type(self).__name__} {kind} {state} broker_pid={self._session.broker_pid}>"
+        return self._described(self._link.calls.session.broker_pid)
+
+    def _way(self) -> Link:
+        return self._link
 
     def close(self) -> None:
         """Leave the broker, and end it where it is this bridge's own. Idempotent; running calls get Unavailable."""
         if self._state is BridgeForked:
             return
-        self._state = BridgeClosed
+        self._parted(BridgeClosed)
         self._finalizer()
-        _bridges.discard(self)
 
     # -- contracts ------------------------------------------------------------------------------------------------
     def register_host_contract(self, contract: Contract, implementation: LuaFunction, *, replace: bool = False) -> None:
@@ -151,9 +147,10 @@ class LuaHostBridge:
         """
         self._check()
         ref = ContractRef.of(contract)
-        if not isinstance(implementation, LuaFunction):
-            raise TypeMismatch(ref.id, "LuaFunction", type(implementation).__name__)
-        self._register(ref, implementation, Settings(), {}, replace=replace)
+        function = checked_function(ref, implementation)
+        self._request(registration(ref, function, replace=replace), ref.id)
+        if replace:
+            self._link.calls.forget(ref.id)
 
     def unregister_host_contract(self, contract: Contract) -> None:
         """Remove a contract: its running calls end, queued ones fail with code 100.
@@ -162,21 +159,15 @@ class LuaHostBridge:
             ContractNotFound: there is none.
         """
         ref = ContractRef.of(contract)
-        self._request(
-            lambda number: messages.Unregister(request_id=number, contract=id_bytes(ref.id)),
-            contract_id=ref.id,
-        )
-        self._calls.memory.forget(ref.id)
+        self._request(unregistration(ref.id), ref.id)
+        self._link.calls.forget(ref.id)
 
     def contracts(self) -> list[ContractInfo]:
         """Return the registered contracts in order of id."""
-        found: list[ContractInfo] = []
-        while True:
-            first = len(found)
-            body = self._request(lambda number: messages.List(request_id=number, first=first)).body  # noqa: B023
-            found.extend(ContractInfo.from_listing(row) for row in body["contracts"])
-            if len(found) >= body["total"] or not body["contracts"]:
-                return found
+        listing = Listing()
+        while not listing.is_complete:
+            listing.add(self._request(listing.request))
+        return listing.found
 
     def deploy(self, directory: str | os.PathLike[str]) -> list[str]:
         """Register all contracts of a directory with a `luacell.toml`, or none.
@@ -193,7 +184,7 @@ class LuaHostBridge:
         done: list[ContractRef] = []
         try:
             for unit in deployment.units:
-                self._register(unit.ref, unit.function, unit.settings, deployment.modules, replace=False)
+                self._request(registration(unit.ref, unit.function, unit.settings, deployment.modules), unit.ref.id)
                 done.append(unit.ref)
         except BaseException:
             for ref in done:
@@ -201,36 +192,6 @@ class LuaHostBridge:
                     self.unregister_host_contract(ref.id)
             raise
         return [str(ref) for ref in done]
-
-    def _register(
-        self,
-        ref: ContractRef,
-        function: LuaFunction,
-        settings: Settings,
-        modules: dict[str, bytes],
-        *,
-        replace: bool,
-        private: bool = False,
-    ) -> None:
-        version = ref.version
-        packed = version.major << 32 | version.minor << 16 | version.patch if version is not None else 0
-        self._request(
-            lambda number: messages.Register(
-                request_id=number,
-                contract=id_bytes(ref.id),
-                name=ref.name,
-                version=packed,
-                source=function.source,
-                chunk_name=function.chunk_name or f"={ref}",
-                modules=modules,
-                replace=replace,
-                private=private,
-                **settings.as_fields(),
-            ),
-            contract_id=ref.id,
-        )
-        if replace:
-            self._calls.memory.forget(ref.id)
 
     # -- calls ----------------------------------------------------------------------------------------------------
     def call_host_contract(
@@ -259,11 +220,7 @@ class LuaHostBridge:
             ValueError, TypeError: an argument is malformed.
         """
         try:
-            target = None if out is None else memoryview(out).cast("B")
-            if target is not None and target.readonly:
-                raise TypeError(f"out must be a writable buffer, not {type(out).__name__}")
-            source = args if args is None or type(args) is bytes else memoryview(args).cast("B")
-            self._call(contract, fn_id, source, target, 0 if target is None else target.nbytes, timeout)
+            self._call(self._names.check(contract, fn_id, args, out, 0, timeout))
         except CallError as error:
             return as_error(error)
         return AbiError(AbiErrorCode.OK)
@@ -305,115 +262,96 @@ class LuaHostBridge:
                 and 0 <= out_size <= PAYLOAD_MAX
                 and len(args) <= PAYLOAD_MAX
             ):
-                return self._calls.call(contract_id, fn_id, args or None, None, out_size, 0)
-        target = None if out is None else memoryview(out).cast("B")
-        if target is not None and target.readonly:
-            raise TypeError(f"out must be a writable buffer, not {type(out).__name__}")
-        source = args if args is None or type(args) is bytes else memoryview(args).cast("B")
-        if source is not None and not len(source):
-            source = None
-        return self._call(contract, fn_id, source, target, out_size if target is None else target.nbytes, timeout)
-
-    def _call(
-        self,
-        contract: Contract,
-        fn_id: int,
-        args: bytes | memoryview | None,
-        out: memoryview | None,
-        out_size: int,
-        timeout: float | None,
-    ) -> bytes:
+                calls = self._link.calls
+                try:
+                    return calls.call(contract_id, fn_id, args or None, None, out_size, 0)
+                except CallError as error:
+                    return self._after(error, calls, Arguments(contract_id, fn_id, args or None, None, out_size, 0))
         if self._state is not None:
             self._check()
-        contract_id = self._ids.get(contract) if type(contract) is str else None
-        if contract_id is None:
-            contract_id = self._resolve(contract)
-        if type(fn_id) is not int or not 0 <= fn_id <= FN_ID_MAX:
-            raise ValueError(f"fn_id {fn_id!r} is no integer in 0..2**32-1")
-        if not 0 <= out_size <= PAYLOAD_MAX or (args is not None and len(args) > PAYLOAD_MAX):
-            _check_sizes(0 if args is None else len(args), out_size)
-        timeout_us = 0 if timeout is None else _microseconds(timeout)
-        return self._calls.call(contract_id, fn_id, args, out, out_size, timeout_us)
+        return self._call(self._names.check(contract, fn_id, without_emptiness(args), out, out_size, timeout))
 
-    def _resolve(self, contract: Contract) -> int:
-        """Return the id of a contract; hashing a name takes longer than anything else here, so it is remembered."""
-        contract_id = ContractRef.of(contract).id
-        if isinstance(contract, str) and len(self._ids) < _IDS_MAX:
-            self._ids[contract] = contract_id
-        return contract_id
+    def _call(self, arguments: Arguments) -> bytes:
+        if self._state is not None:
+            self._check()
+        calls = self._link.calls
+        try:
+            return calls.call(*arguments)
+        except CallError as error:
+            return self._after(error, calls, arguments)
+
+    def _after(self, error: CallError, calls: Calls | InlineCalls, arguments: Arguments) -> bytes:
+        """A call has failed: where it found the broker gone and was never sent, look for the broker and call again.
+
+        Raises:
+            CallError: it failed for another reason, or again.
+            BridgeClosed: the bridge was closed meanwhile.
+        """
+        place = self._link.place
+        place.read_log()
+        budget = Budget.of(arguments, place)
+        while isinstance(error, Unavailable) and may_look_again(error, calls.session.is_open):
+            self._check()
+            calls = self._renew(calls, budget)
+            try:
+                return calls.call(*arguments._replace(timeout_us=budget.left_us()))
+            except Unavailable as again:
+                error = again
+        raise error
+
+    def _renew(self, lost: Calls | InlineCalls, budget: Budget) -> Calls | InlineCalls:
+        """Return the calls of another session than the lost one."""
+        return uninterrupted(lambda: self._link.renew(lost, budget.until_s))
 
     # -- the rest -------------------------------------------------------------------------------------------------
     def health(self) -> dict[str, Any]:
         """Return how the service is: version, hosts, contracts, workers (pid, contract, state), queues, deaths."""
-        return dict(self._request(lambda number: messages.Health(request_id=number)).body)
-
-    def runtime_type(self) -> SupportedLanguage:
-        """Return SupportedLanguage.LUA."""
-        return SupportedLanguage.LUA
+        return dict(self._request(health).body)
 
     def lua(self) -> ScratchVm:
         """Return access to this bridge's scratch VM, in a worker of its own."""
         self._check()
         with self._scratch_lock:
             if self._scratch is None:
-                scratch_id = int.from_bytes(os.urandom(8), "little")
-                self._register(ContractRef(scratch_id), implementation(), Settings(), {}, replace=False, private=True)
-                self._scratch = ScratchVm(lambda args, size: self.call(scratch_id, 0, args, size))
+                scratch_id = random_id()
+                self._register_scratch(scratch_id)
+                self._scratch = ScratchVm(lambda args, size: self._call_scratch(scratch_id, args, size))
         return self._scratch
 
-    def _request(self, make: Callable[[int], messages.Message], contract_id: int = 0) -> messages.Reply:
+    def _register_scratch(self, scratch_id: int) -> None:
+        self._request(registration(ContractRef(scratch_id), implementation(), private=True), scratch_id)
+
+    def _call_scratch(self, scratch_id: int, args: bytes, size: int) -> bytes:
+        """Call the scratch VM; it is private to a session, so that a new session needs a new one."""
+        for _ in range(ATTEMPTS):
+            try:
+                return self.call(scratch_id, 0, args, size)
+            except HostContractNotFound:
+                with contextlib.suppress(DuplicateContract):  # another thread has done it
+                    self._register_scratch(scratch_id)
+        return self.call(scratch_id, 0, args, size)
+
+    def _request(self, make: Request, contract_id: int = 0) -> messages.Reply:
         self._check()
-        answer = self._session.request(make).answer
+        link, budget = self._link, Budget()
+        link.place.read_log()
+        calls = link.calls
+        while True:
+            try:
+                answer = calls.session.request(make).answer
+            except Unavailable as error:
+                link.place.read_log()
+                if not may_look_again(error, calls.session.is_open):
+                    raise
+            else:
+                break
+            self._check()
+            calls = self._renew(calls, budget)
         assert isinstance(answer, messages.Reply)
         raise_for_reply(answer, contract_id)
         return answer
 
-    def _check(self) -> None:
-        if self._state is not None:
-            if self._state is BridgeForked:
-                raise BridgeForked("this bridge belongs to the parent process; create or connect one after the fork")
-            raise BridgeClosed("this bridge was closed; create or connect another one")
 
-    def _leave_in_child(self) -> None:
-        self._state = BridgeForked
-        self._finalizer.detach()
-        self._session.leave_in_child()
-        self._calls.memory.leave_in_child()
-
-
-_bridges: weakref.WeakSet[LuaHostBridge] = weakref.WeakSet()
-
-
-def _clean_up(session: Session, calls: Calls | InlineCalls, service: EmbeddedService | None, owner_pid: int) -> None:
-    if os.getpid() != owner_pid:
-        return
-    session.close()
-    with session.lock:
-        calls.close()
-    if service is not None:
-        service.stop()
-
-
-def _leave_all_in_child() -> None:
-    for bridge in list(_bridges):
-        bridge._leave_in_child()
-
-
-os.register_at_fork(after_in_child=_leave_all_in_child)
-
-
-def _check_sizes(args_size: int, out_size: int) -> None:
-    if out_size < 0:
-        raise ValueError(f"out_size {out_size} is negative")
-    name, size = ("args", args_size) if args_size > PAYLOAD_MAX else ("out", out_size)
-    raise TooLarge(
-        f"{name} of {size} bytes is over the limit of {PAYLOAD_MAX}", began="no", limit=f"{PAYLOAD_MAX} bytes"
-    )
-
-
-def _microseconds(timeout: float | None) -> int:
-    if timeout is None:
-        return 0
-    if not 0 < timeout <= DEADLINE_MAX_US / US_PER_S:
-        raise ValueError(f"timeout {timeout!r} s is not over 0 and at most {DEADLINE_MAX_US // US_PER_S} s")
-    return max(1, int(timeout * US_PER_S))
+def _clean_up(link: Link, owner_pid: int) -> None:
+    if os.getpid() == owner_pid:
+        link.close()

@@ -6,36 +6,48 @@ bridge's. A slot whose call nobody waits for any more stays out of use until the
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from struct import Struct
+from threading import get_ident
 from typing import Final
 
 from luacell.client.arena import GRACE_S, Arena, Slot
-from luacell.client.memory import HostMemory
-from luacell.client.pending import Answer, Pending, keeps_slot
-from luacell.client.replies import raise_for, raise_from_slot
+from luacell.client.interrupts import uninterrupted
+from luacell.client.memory import LEASES_MAX, HostMemory, all_taken, is_busy, open_pair, too_late
+from luacell.client.pending import Pending
+from luacell.client.replies import value_size
 from luacell.client.session import Session
 from luacell.protocol import headers, messages
 from luacell.protocol.errors import Unavailable
 from luacell.protocol.headers import HAS_ARGS, HAS_OUT, SLOT_FREE, Op
 from luacell.protocol.limits import US_PER_S
+from luacell.protocol.messages import Message
 
 _pack: Final = Struct(f"<{headers.PREAMBLE_SIZE}s" + headers.CALL.format.removeprefix("<")).pack
 _HEAD: Final = headers.head(Op.CALL)
 
 
 class Calls:
-    """Makes the calls of one session."""
+    """Makes the calls of one session.
 
-    def __init__(self, session: Session) -> None:
-        self.memory = HostMemory(session)
-        self._arenas = self.memory.arenas
+    Args:
+        session: its connection.
+        deadlines_us: of contracts, as last heard of; outlives the session.
+    """
+
+    def __init__(self, session: Session, deadlines_us: dict[int, int]) -> None:
+        self.session = session
+        self._memory = HostMemory(session.tell, deadlines_us)
+        self._arenas = self._memory.arenas
         self._session = session
-        self._resting: dict[int, Pending] = {}  # calls that were answered or given up before their slot is free
+        self._ledger = session.ledger
+        self._growing = threading.Lock()
         self._ids = count(1)
-        session.on_kept = self._on_kept
-        session.on_stray = self._on_stray
+        session.drain = self._drain
 
     def call(
         self,
@@ -65,7 +77,7 @@ class Calls:
             home = self._arenas.get(contract_id)
             slot = home.take(args_size, out_size) if home is not None else None
         if slot is None:
-            slot = self.memory.take_new(contract_id, args_size, out_size)
+            slot = self._take_new(contract_id, args_size, out_size, self._memory.limit_s(contract_id, timeout_us))
             home = slot.home
         assert home is not None
         budget_us, limit_s = home.deadline_us, home.limit_s
@@ -94,79 +106,98 @@ class Calls:
                     self._drain(home)
                 return result
         try:
-            return _value(slot, contract_id, fn_id, answer, out)
+            size = value_size(slot, contract_id, fn_id, answer)
+            if out is None:
+                return slot.read(size)
+            slot.copy_out(out)
+            return b""
         finally:
             with session.lock:
-                self._settle(pending)
+                self._ledger.settle(pending)
 
-    def _settle(self, pending: Pending) -> None:
-        """Let go of the slot of an answered call; where it is kept, RELEASED gives it back. Under the lock."""
-        pending.is_left = True
-        if pending.is_released or not keeps_slot(pending.answer) or not self._session.is_open:
-            self._free(pending)
+    def _give_up(self, pending: Pending) -> None:
+        with self._session.lock:
+            self._session.give_up(pending)
 
-    def _free(self, pending: Pending) -> None:
-        """Give back the slot of a call, once. Under the lock."""
-        slot, pending.slot = pending.slot, None
-        if slot is not None:
-            slot.give_back()
-            if slot.home.is_retired:
-                self._drain(slot.home)
+    # -- memory ---------------------------------------------------------------------------------------------------
+    def _take_new(self, contract_id: int, args_size: int, out_size: int, limit_s: float) -> Slot:
+        """Take a slot where none was free or large enough, getting more memory from the broker.
+
+        Raises:
+            HostContractNotFound: there is no such contract.
+            Busy: a bound on memory was hit.
+            Unavailable: the broker is gone, or silent for `limit_s` seconds.
+        """
+        thread, until_s = get_ident(), time.monotonic() + limit_s
+        for _ in range(LEASES_MAX):
+            arena = uninterrupted(lambda: self._make_room(contract_id, args_size, out_size, thread, until_s))
+            with self._session.lock:
+                slot = arena.take(args_size, out_size)
+            if slot is not None:
+                return slot
+        raise all_taken()
+
+    def _make_room(self, contract_id: int, args_size: int, out_size: int, thread: int, until_s: float) -> Arena:
+        """Return the arena of a contract, in which there was a slot for a moment."""
+        if not self._growing.acquire(timeout=max(0.0, until_s - time.monotonic())):
+            raise too_late()
+        try:
+            session, memory = self._session, self._memory
+            with session.lock:
+                arena = memory.arena_of(contract_id)
+                lease = memory.plan(arena, args_size, out_size)
+            if lease is not None:
+                pending = self._ask(lease, thread, until_s)
+                if is_busy(pending):
+                    with session.lock:
+                        memory.shrink()
+                    pending = self._ask(lease, thread, until_s)
+                self._take_in(arena, pending)
+            return arena
+        finally:
+            self._growing.release()
+
+    def _ask(self, lease: Callable[[int], Message], thread: int, until_s: float) -> Pending:
+        try:
+            return self._session.request(lease, max(0.0, until_s - time.monotonic()), thread)
+        except Unavailable as error:
+            error.began = "no"
+            raise
+
+    def _take_in(self, arena: Arena, pending: Pending) -> None:
+        """Take into use what a lease was granted, or raise why it was not."""
+        pair = open_pair(arena, pending)
+        answer = pending.answer
+        with self._session.lock:
+            if pair is not None and isinstance(answer, messages.Segment):
+                self._memory.add(arena, pair, answer.deadline_us)
+            else:
+                assert isinstance(answer, messages.Reply)
+                self._memory.refused(arena, answer)
 
     def _drain(self, home: Arena) -> None:
         """The contract is gone: give back the memory of its last calls."""
         with self._session.lock, suppress(Unavailable):
-            self.memory.give_back_drained(home)
+            self._memory.give_back_drained(home)
 
-    def _give_up(self, pending: Pending) -> None:
-        """Nobody waits any more: cancel the call; its slot rests until nobody can touch it."""
-        with self._session.lock:
-            pending.is_left = True
-            self._session.leave(pending)
-            if not pending.is_sent:
-                self._free(pending)
-            elif pending.answer is not None or not self._session.is_open:
-                self._settle(pending)
-            else:
-                self._resting[pending.call_id] = pending
-                self._session.abandon_call(pending.call_id)
+    def forget(self, contract_id: int) -> None:
+        """Give back the memory for a contract that is gone."""
 
-    def _on_kept(self, pending: Pending) -> None:
-        """The answer of a call does not free its slot. Under the lock."""
-        self._resting[pending.call_id] = pending
+        def forget() -> None:
+            with self._session.lock, suppress(Unavailable):
+                self._memory.forget(contract_id)
 
-    def _on_stray(self, call_id: int, answer: Answer | None) -> None:
-        """An answer that nobody waits for, or RELEASED. Under the lock; twice is no harm."""
-        pending = self._resting.get(call_id)
-        if pending is None or (answer is not None and keeps_slot(answer)):
-            return
-        pending.is_released = True
-        if pending.is_left:
-            self._free(pending)
-        self._resting.pop(call_id, None)
+        uninterrupted(forget)
 
+    # -- the end --------------------------------------------------------------------------------------------------
     def close(self) -> None:
-        """Give all memory back; slots of calls that are just ending follow. Under the lock."""
-        for pending in self._resting.values():
-            if pending.is_left:
-                self._free(pending)
-        self._resting.clear()
-        self.memory.close()
+        """Leave the broker and give all memory back; slots of calls that are just ending follow. Idempotent."""
+        self._session.close()
+        with self._session.lock:
+            self._ledger.let_go()
+            self._memory.close()
 
-
-def _value(slot: Slot, contract_id: int, fn_id: int, answer: object, out: memoryview | None) -> bytes:
-    """Turn an answer into a value.
-
-    Raises:
-        CallError: it is none.
-    """
-    if isinstance(answer, messages.Failure):
-        raise_for(answer, contract_id, fn_id)
-    assert isinstance(answer, tuple)
-    _, code, out_size, error_size, _ = answer
-    if code != 0:
-        raise_from_slot(code, slot.read(error_size))
-    if out is None:
-        return slot.read(out_size)
-    slot.copy_out(out)
-    return b""
+    def leave_in_child(self) -> None:
+        """Let go, in a forked child, of what would hide the parent's death from the broker."""
+        self._session.leave_in_child()
+        self._memory.leave_in_child()

@@ -1,7 +1,7 @@
 """The embedded default: a broker and workers of the bridge's own, in a private directory, gone with the bridge.
 
 It starts `python -m luacell.cli.serve` in a session of its own, so that Ctrl-C does not reach it, and lets it watch
-this process. It speaks no protocol.
+this process. What it writes goes to the logger `luacell`. It speaks no protocol.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import fcntl
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,11 +19,12 @@ import time
 from pathlib import Path
 from typing import Final
 
+from luacell.client.records import ServiceLog, wanted_level
 from luacell.protocol.errors import BridgeNotInitialized
 from luacell.protocol.paths import EMBEDDED_PREFIX, LOCK_FILE
 
 START_LIMIT_S: Final = 10.0
-STOP_LIMIT_S: Final = 3.0
+STOP_LIMIT_S: Final = 0.8  # with what else closing a bridge takes, below the promise of a second
 SWEEP_MAX: Final = 64  # leftovers looked at per start
 SWEEP_AGE_S: Final = 10.0  # younger directories may be of a service that is just starting
 
@@ -33,6 +35,9 @@ class EmbeddedService:
     Args:
         spares: blank workers to keep warm.
 
+    Attributes:
+        log: what it writes.
+
     Raises:
         BridgeNotInitialized: it did not come up; the text says why.
     """
@@ -41,22 +46,26 @@ class EmbeddedService:
         parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
         sweep(parent)
         self.run_directory = Path(tempfile.mkdtemp(prefix=EMBEDDED_PREFIX, dir=parent))
+        self.log = ServiceLog()
         ready, report = os.pipe()
         try:
             self._process = subprocess.Popen(
                 self._command(spares, report),
                 stdin=subprocess.DEVNULL,
+                stderr=self.log.writer,
                 pass_fds=[report],
                 start_new_session=True,
             )
         except BaseException:
             os.close(ready)
             self._remove()
+            self.log.close()
             raise
         finally:
             os.close(report)
+            self.log.close_writer()
         try:
-            _await(ready)
+            self._await(ready)
         except BaseException:
             self.stop()
             raise
@@ -68,8 +77,28 @@ class EmbeddedService:
             *(sys.executable, "-P", "-m", "luacell.cli.serve"),
             *("--run-dir", str(self.run_directory), "--ephemeral"),
             *("--host", str(os.getpid()), "--spares", str(spares)),
-            *("--ready-fd", str(report), "--log-level", "error"),
+            *("--ready-fd", str(report), "--log-level", wanted_level()),
         ]
+
+    def _await(self, ready: int) -> None:
+        poll = select.poll()
+        poll.register(ready, select.POLLIN)
+        if not poll.poll(START_LIMIT_S * 1000):
+            raise self._not_initialized(f"the embedded service was not ready within {START_LIMIT_S:g} s")
+        if not os.read(ready, 1):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_LIMIT_S)  # it writes its last words after it has closed the other pipe
+            raise self._not_initialized("the embedded service ended while starting")
+
+    def _not_initialized(self, reason: str) -> BridgeNotInitialized:
+        self.log.read()
+        words = self.log.last_words()
+        return BridgeNotInitialized("Lua", f"{reason}; it wrote:\n{words}" if words else reason)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is gone, and will not come back."""
+        return self._process.poll() is not None
 
     def stop(self) -> None:
         """End it, by force where it must be, and leave nothing. Idempotent."""
@@ -78,9 +107,12 @@ class EmbeddedService:
             try:
                 self._process.wait(STOP_LIMIT_S)
             except subprocess.TimeoutExpired:
-                self._process.kill()
+                # All of its session: what is stopped hears of nothing else. The number is its own until we wait for it.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
         self._remove()
+        self.log.close()
 
     def _remove(self) -> None:
         shutil.rmtree(self.run_directory, ignore_errors=True)
@@ -106,12 +138,3 @@ def _is_unlocked(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def _await(ready: int) -> None:
-    poll = select.poll()
-    poll.register(ready, select.POLLIN)
-    if not poll.poll(START_LIMIT_S * 1000):
-        raise BridgeNotInitialized("Lua", f"the embedded service was not ready within {START_LIMIT_S:g} s")
-    if not os.read(ready, 1):
-        raise BridgeNotInitialized("Lua", "the embedded service ended while starting; its messages are on stderr")

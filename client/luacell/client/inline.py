@@ -6,11 +6,10 @@ sends the pieces that have become due, and puts those that came where they belon
 
 from __future__ import annotations
 
-import contextlib
-import os
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from itertools import count
 from typing import Any, Final, cast
 
@@ -19,9 +18,10 @@ from zmq.utils.monitor import parse_monitor_message
 
 from luacell.client.arena import GRACE_S
 from luacell.client.connection import ALONE_MS, CONNECT_LIMIT_S, HIGH_WATER_MARK, Connection
-from luacell.client.pending import Pending
+from luacell.client.ledger import Ledger
+from luacell.client.pending import Answer, Pending
 from luacell.client.replies import raise_for, raise_from_slot
-from luacell.client.session import Session
+from luacell.client.session import FULL, Session
 from luacell.protocol import headers, messages
 from luacell.protocol.errors import ProtocolError, Unavailable
 from luacell.protocol.headers import HAS_ARGS, HAS_OUT, Op
@@ -116,66 +116,17 @@ class InlinePending(Pending):
         return self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces.values())
 
 
-class InlineSession(Session):
-    """One connection without shared memory; made by `InlineSession.reach`."""
+class InlineLedger(Ledger):
+    """The books of a session without shared memory: no slots, but pieces.
 
-    @classmethod
-    def reach(cls, address: str) -> InlineSession:
-        """Connect to a broker.
+    Args:
+        wake: called with whatever has just been answered or has failed.
+        say: sends a message, in the middle of reading.
+    """
 
-        Args:
-            address: of its ROUTER, as libzmq takes it.
-
-        Raises:
-            Unavailable: nobody serves there, or it does not answer.
-        """
-        session = cls(_connect(address))
-        try:
-            session._greet()
-        except BaseException:
-            session.close()
-            raise
-        return session
-
-    def _greet(self) -> None:
-        """Say hello until it is answered: a greeting may be lost to another peer's malformed message."""
-        pending = self._welcome = Pending()
-        until_s = time.monotonic() + CONNECT_LIMIT_S
-        self._read_channel()
-        while not pending.is_done:
-            with self.lock:
-                self.check()
-                self._send(encode(messages.Hello(role=messages.INLINE)))
-            try:
-                self.wait(pending, HELLO_STEP_S, f"a greeting within {CONNECT_LIMIT_S} s")
-            except Unavailable:
-                if not self.is_open or time.monotonic() >= until_s:
-                    raise
-        assert isinstance(pending.answer, messages.Welcome)
-        self.epoch, self.broker_pid = pending.answer.epoch, pending.answer.broker_pid
-
-    def await_rest(self, pending: InlinePending) -> None:
-        """Wait for what is left of a result that has begun to come.
-
-        Raises:
-            Unavailable: the broker is gone, or nothing came for STALL_S.
-        """
-        while not pending.is_done:
-            before = pending.received
-            try:
-                self.wait(pending, STALL_S, f"another piece of a result within {STALL_S:g} s")
-            except Unavailable:
-                if not self.is_open or pending.received == before:
-                    raise
-
-    # -- what the broker says; under the lock ---------------------------------------------------------------------
-    def _read_grants(self) -> None:
-        """Look whether the connection is at its end; that is all there is beside the DEALER."""
-        line = cast(Line, self._channel)
-        line.look()
-        if line.end:
-            self._read_all()  # what it had answered before it went
-            self._lose(f"the broker is gone ({line.end})")
+    def __init__(self, wake: Callable[[Pending], None], say: Callable[[bytes], None]) -> None:
+        super().__init__(wake, lambda arena: None)
+        self._say = say
 
     def _on_message(self, message: bytes) -> None:
         op, number = headers.parse_preamble(message)
@@ -188,12 +139,23 @@ class InlineSession(Session):
             self._on_piece(*headers.parse_inline(op, number, message))
         elif op is Op.PROBE:
             decode(messages.Probe, message)
-        else:
+        elif op is not Op.WELCOME:  # a greeting that was said twice is answered twice
             super()._on_message(message)
+
+    def _on_answer(self, call_id: int, answer: Answer) -> None:
+        pending = self.calls.get(call_id)
+        if pending is not None:
+            self._complete(pending, answer)
+            self.calls.pop(call_id, None)
+
+    def give_up(self, pending: Pending) -> bool:
+        """Nobody waits any more. Return whether the broker is to be told by CANCEL."""
+        was_waiting = self.calls.pop(pending.call_id, None) is not None
+        return was_waiting and pending.is_sent and not self.lost
 
     def _find(self, call_id: int) -> InlinePending | None:
         """Return a call, unless nobody waits for it any more."""
-        pending = self._calls.get(call_id)
+        pending = self.calls.get(call_id)
         return pending if isinstance(pending, InlinePending) else None
 
     def _on_more(self, more: headers.More) -> None:
@@ -246,25 +208,66 @@ class InlineSession(Session):
             self._say(headers.encode_records(Op.MORE, [(call_id, pending.received, 0)]))
         if pending.received == total:
             self._complete(pending, pending.record)
-            self._calls.pop(call_id, None)
+            self.calls.pop(call_id, None)
+
+
+class InlineSession(Session):
+    """One connection without shared memory; made by `InlineSession.reach`."""
+
+    @classmethod
+    def reach(cls, address: str, limit_s: float = CONNECT_LIMIT_S) -> InlineSession:
+        """Connect to a broker.
+
+        Args:
+            address: of its ROUTER, as libzmq takes it.
+            limit_s: seconds.
+
+        Raises:
+            Unavailable: nobody serves there, or it does not answer.
+        """
+        connection = _connect(address, limit_s)
+        try:
+            return cls(connection)
+        except BaseException:
+            connection.close(is_lost=True)
+            connection.end()
+            raise
+
+    def _make_ledger(self) -> Ledger:
+        return InlineLedger(self._wake_up, self._say)
+
+    def await_rest(self, pending: InlinePending) -> None:
+        """Wait for what is left of a result that has begun to come.
+
+        Raises:
+            Unavailable: the broker is gone, or nothing came for STALL_S.
+        """
+        while not pending.is_done:
+            before = pending.received
+            try:
+                self.wait(pending, STALL_S, f"another piece of a result within {STALL_S:g} s")
+            except Unavailable:
+                if not self.is_open or pending.received == before:
+                    raise
+
+    def _read_grants(self) -> None:
+        """Look whether the connection is at its end; that is all there is beside the DEALER. Under the lock."""
+        line = cast(Line, self._channel)
+        line.look()
+        if line.end:
+            self._hear_last_words()
+            self._lose(f"the broker is gone ({line.end})")
 
     def _say(self, message: bytes) -> None:
         """Send, in the middle of reading; where the queue is full, the broker is as good as gone."""
         try:
             self._dealer.send(message, zmq.NOBLOCK)
         except zmq.Again:
-            self._lose("the broker takes no messages: it is gone or overloaded")
-
-    def leave_in_child(self) -> None:
-        """Close, in a forked child, what would hide the parent's death from the broker."""
-        descriptor = self._channel.detach()
-        if descriptor >= 0:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+            self.ledger.lose(FULL)
 
 
-def _connect(address: str) -> Connection:
-    """Connect a DEALER.
+def _connect(address: str, limit_s: float) -> Connection:
+    """Connect a DEALER and wait until the broker has greeted us.
 
     Raises:
         Unavailable: nobody serves there, or it does not answer.
@@ -281,51 +284,57 @@ def _connect(address: str) -> Connection:
     dealer.setsockopt(zmq.RCVTIMEO, ALONE_MS)
     dealer.setsockopt(zmq.IPV6, int("[" in address))
     line = Line(dealer)
-    connection = Connection(cast(socket.socket, line), context, dealer)
     try:
         dealer.connect(address)
-        _await_connection(address, line, dealer)
+        welcome = _greet(address, line, dealer, time.monotonic() + limit_s)
     except BaseException as error:
-        connection.close()
-        connection.end()
-        if isinstance(error, zmq.ZMQError):
-            raise Unavailable(f"cannot connect to {address}: {error.strerror}", began="no") from None
+        dealer.close(linger=0)
+        line.close()
+        context.term()
+        if isinstance(error, zmq.ZMQError | ProtocolError):
+            raise Unavailable(f"the broker at {address} does not answer: {error}", began="no") from None
         raise
-    return connection
+    return Connection(cast(socket.socket, line), context, dealer, welcome)
 
 
-def _await_connection(address: str, line: Line, dealer: zmq.Socket[bytes]) -> None:
+def _greet(address: str, line: Line, dealer: zmq.Socket[bytes], give_up_s: float) -> messages.Welcome:
+    """Say hello until it is answered: a greeting may be lost to another peer's malformed message."""
+    _await(address, line, dealer, zmq.POLLOUT, give_up_s)
+    while True:
+        dealer.send(encode(messages.Hello(role=messages.INLINE)), zmq.NOBLOCK)
+        step_s = time.monotonic() + HELLO_STEP_S
+        try:
+            _await(address, line, dealer, zmq.POLLIN, min(step_s, give_up_s))
+        except Unavailable:
+            if line.end or time.monotonic() >= give_up_s:
+                raise
+            continue
+        message = dealer.recv(zmq.NOBLOCK)
+        if headers.parse_preamble(message)[0] is Op.WELCOME:
+            return decode(messages.Welcome, message)
+
+
+def _await(address: str, line: Line, dealer: zmq.Socket[bytes], event: int, until_s: float) -> None:
     poller = zmq.Poller()
-    poller.register(dealer, zmq.POLLOUT)
+    poller.register(dealer, event)
     poller.register(line.fileno(), zmq.POLLIN)
-    until_s = time.monotonic() + CONNECT_LIMIT_S
     while True:
         line.look()
         if line.end:
             raise Unavailable(f"no broker at {address}; start one with `luacell serve`", began="no")
-        if int(dealer.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
+        if int(dealer.getsockopt(zmq.EVENTS)) & event:
             return
         left_s = until_s - time.monotonic()
         if left_s <= 0:
-            raise Unavailable(f"the broker at {address} does not answer within {CONNECT_LIMIT_S} s", began="no")
+            raise Unavailable(f"the broker at {address} does not answer in time", began="no")
         poller.poll(int(left_s * _MS) + 1)
-
-
-class NoMemory:
-    """Stands where a local host keeps its arenas: the broker keeps those of this host."""
-
-    def forget(self, contract_id: int) -> None:
-        """Do nothing."""
-
-    def leave_in_child(self) -> None:
-        """Do nothing."""
 
 
 class InlineCalls:
     """Makes the calls of one session without shared memory."""
 
     def __init__(self, session: InlineSession) -> None:
-        self.memory = NoMemory()
+        self.session = session
         self._session = session
         self._ids = count(1)
 
@@ -364,14 +373,19 @@ class InlineCalls:
 
     def _give_up(self, pending: InlinePending) -> None:
         """Nobody waits any more: cancel the call."""
-        session = self._session
-        with session.lock:
-            session.leave(pending)
-            if pending.is_sent and not pending.is_done:
-                session.abandon_call(pending.call_id)
+        with self._session.lock:
+            self._session.give_up(pending)
+
+    def forget(self, contract_id: int) -> None:
+        """Do nothing: the broker keeps the memory of this host."""
 
     def close(self) -> None:
-        """Do nothing: the broker gives the memory back when the session ends."""
+        """Leave the broker. Idempotent."""
+        self._session.close()
+
+    def leave_in_child(self) -> None:
+        """Let go, in a forked child, of what would hide the parent's death from the broker."""
+        self._session.leave_in_child()
 
 
 def _value(pending: InlinePending, contract_id: int, fn_id: int, out: memoryview | None) -> bytes:

@@ -43,7 +43,7 @@ class Pending:
         is_sent: the broker may have it.
         is_left: whoever made the call has what it wanted, or has given up.
         is_released: the broker has said that nobody else can touch the slot.
-        bell: made when its owner waits for another to read.
+        bell: made when its owner, a thread, waits for another to read.
     """
 
     call_id = 0
@@ -52,7 +52,7 @@ class Pending:
     is_done = False
     is_left = False
     is_released = False
-    answer: Answer | messages.Reply | messages.Segment | messages.Welcome | None = None
+    answer: Answer | messages.Reply | messages.Segment | None = None
     descriptors: Sequence[int] = ()
     failure: Unavailable | None = None
     bell: Bell | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn, Protocol
 
+from luacell.client.arena import Slot
 from luacell.protocol import errors, messages
 from luacell.protocol.errors import AbiError, AbiErrorCode, CallError, call_error_class
 from luacell.protocol.identity import format_id
@@ -104,6 +105,21 @@ def raise_from_slot(code_number: int, text: bytes) -> NoReturn:
     """
     code = AbiErrorCode(code_number)
     raise call_error_class(code)(text.decode("utf-8", "replace") or code.name, code=code, began="yes")
+
+
+def value_size(slot: Slot, contract_id: int, fn_id: int, answer: object) -> int:
+    """Return how many bytes the answer to a call has in its slot.
+
+    Raises:
+        CallError: it is no value.
+    """
+    if isinstance(answer, messages.Failure):
+        raise_for(answer, contract_id, fn_id)
+    assert isinstance(answer, tuple)
+    _, code, out_size, error_size, _ = answer
+    if code != 0:
+        raise_from_slot(code, slot.read(error_size))
+    return int(out_size)
 
 
 _LUA_FUNCTION: Final = "Lua function"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Final
 
@@ -13,8 +13,10 @@ from luacell.protocol.limits import MIB
 
 VALUE_MAX: Final = MIB  # bytes of a string that eval returns
 SOURCE_MAX: Final = MIB
+ATTEMPTS: Final = 3  # at registering it anew; the broker may go again meanwhile
 
 Call = Callable[[bytes, int], bytes]
+AsyncCall = Callable[[bytes, int], Awaitable[bytes]]
 Value = bool | int | float | str | None
 
 
@@ -44,12 +46,36 @@ class ScratchVm:
             CallError: any other failure of a call.
             TooLarge: the source or the value is over 1 MiB.
         """
-        text = source.encode()
-        if len(text) > SOURCE_MAX:
-            raise TooLarge(f"source of {len(text)} bytes is over the limit of {SOURCE_MAX}", began="no")
-        reply = self._call(struct.pack("<II", len(text), VALUE_MAX) + text, VALUE_MAX)
-        tag, size = struct.unpack_from("<cI", reply)
-        return _decoded(tag, reply[5 : 5 + size])
+        return _value(self._call(*_arguments(source)))
+
+
+class AsyncScratchVm:
+    """Access to the scratch VM of an asyncio bridge; it ends with the bridge."""
+
+    def __init__(self, call: AsyncCall) -> None:
+        self._call = call
+
+    async def eval(self, source: str) -> Value:
+        """Evaluate Lua source, as ScratchVm does.
+
+        Raises:
+            HostContractCallFailed: it raised, does not parse, or gave a value of another type.
+            CallError: any other failure of a call.
+            TooLarge: the source or the value is over 1 MiB.
+        """
+        return _value(await self._call(*_arguments(source)))
+
+
+def _arguments(source: str) -> tuple[bytes, int]:
+    text = source.encode()
+    if len(text) > SOURCE_MAX:
+        raise TooLarge(f"source of {len(text)} bytes is over the limit of {SOURCE_MAX}", began="no")
+    return struct.pack("<II", len(text), VALUE_MAX) + text, VALUE_MAX
+
+
+def _value(reply: bytes) -> Value:
+    tag, size = struct.unpack_from("<cI", reply)
+    return _decoded(tag, reply[5 : 5 + size])
 
 
 def _decoded(tag: bytes, raw: bytes) -> Value:

@@ -4,7 +4,8 @@ Callers send for themselves; of those that wait, one reads for all. Whoever touc
 leaves no message unread behind it: libzmq's descriptor reports only what came after the last look. The reader waits
 outside the lock, on the socket's descriptor, the channel (grants, and the end of the broker) and a wake-up.
 
-It moves messages and wakes their owners; slots, contracts and exceptions are the bridge's.
+It moves messages and wakes their owners; what a message means is the ledger's, slots, contracts and exceptions are
+the bridge's.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from typing import Final
 
 import zmq
 
+from luacell.client.arena import Arena
 from luacell.client.connection import CONNECT_LIMIT_S, Connection, connect
 from luacell.client.interrupts import uninterrupted
-from luacell.client.pending import Answer, Bell, Pending, keeps_slot
+from luacell.client.ledger import RESULT_HEAD, RESULT_SIZE, Ledger
+from luacell.client.pending import Bell, Pending
 from luacell.protocol import headers, messages
 from luacell.protocol.errors import ProtocolError, Unavailable
 from luacell.protocol.headers import SLOT_FREE, Op
 from luacell.protocol.limits import MESSAGE_MAX, NS_PER_S, REQUEST_LIMIT_NS
 from luacell.protocol.memory.channel import ChannelClosed, close_all, receive_message
-from luacell.protocol.messages import Message, decode, encode, size_of
+from luacell.protocol.messages import Message, encode, size_of
 
 REQUEST_LIMIT_S: Final = REQUEST_LIMIT_NS / NS_PER_S
 _MS: Final = 1000
@@ -40,70 +43,83 @@ _MS: Final = 1000
 _NOBLOCK: Final = int(zmq.NOBLOCK)  # plain integers: pyzmq's enums cost microseconds
 _EVENTS: Final = int(zmq.EVENTS)
 _POLLIN: Final = int(zmq.POLLIN)
+_POLLOUT: Final = int(zmq.POLLOUT)
 _send: Final = zmq.backend.Socket.send  # without the wrapper's handling of options that we do not use
-_FULL: Final = "the broker takes no messages: it is gone or overloaded"
-_RESULT_HEAD: Final = headers.head(Op.RESULT)
+FULL: Final = "the broker takes no messages: it is gone or overloaded"
+_RESULT_HEAD: Final = RESULT_HEAD
 _RESULT: Final = Struct(f"<{headers.PREAMBLE_SIZE}s" + headers.RESULT.format.removeprefix("<"))
-_RESULT_SIZE: Final = _RESULT.size
+_RESULT_SIZE: Final = RESULT_SIZE
+LAST_WORDS_S: Final = 0.05  # for what libzmq has received of a broker that is gone, but not yet handed over
 
 
 class Session:
     """One connection; made by `Session.connect`.
 
+    Args:
+        connection: the session's from here on.
+
     Attributes:
-        on_kept: called under the lock with a call whose answer does not free its slot, before its owner has it.
-        on_stray: called under the lock with answers to calls nobody waits for any more, and with RELEASED (None).
+        ledger: who waits for what; used under the lock.
+        drain: called under the lock with an arena whose contract is gone and of which a slot came back.
     """
 
     def __init__(self, connection: Connection) -> None:
         self.lock = threading.RLock()  # a signal handler may make a call in the middle of one
-        self.on_kept: Callable[[Pending], None] = lambda pending: None
-        self.on_stray: Callable[[int, Answer | None], None] = lambda call_id, answer: None
-        self.epoch = b""
-        self.broker_pid = 0
+        self.drain: Callable[[Arena], None] = lambda arena: None
+        self.ledger = self._make_ledger()
+        self.broker_pid = connection.welcome.broker_pid
         self._connection = connection
         self._channel = connection.channel
         self._dealer = connection.dealer
         self._receive = connection.dealer.recv_into
         self._inbox = mmap.mmap(-1, MESSAGE_MAX)  # the message at hand; its first byte is 0 when it was acted upon
-        self._calls: dict[int, Pending] = {}
-        self._requests: dict[int, Pending] = {}
-        self._welcome: Pending | None = None
+        self._calls = self.ledger.calls
+        self._requests = self.ledger.requests
         self._request_ids = count(1)
         self._reader: Pending | None = None
         self._reader_thread = 0
         self._only_thread: int | None = None  # the one thread that has made calls; 0: there were others
-        self._lost: str = ""
         self._is_closed = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
         self._dealer_fd = int(self._dealer.getsockopt(zmq.FD))
         self._channel_fd = self._channel.fileno()
+        self._aside_fd = -1
+        self._read_aside: Callable[[], bool] = lambda: False
         for descriptor in (self._dealer_fd, self._channel_fd, self._wake):
             self._poll.register(descriptor, select.POLLIN)
 
     @classmethod
-    def connect(cls, run_directory: Path) -> Session:
+    def connect(cls, run_directory: Path, limit_s: float = CONNECT_LIMIT_S) -> Session:
         """Connect to the broker of a run directory.
+
+        Args:
+            run_directory: of the broker.
+            limit_s: seconds.
 
         Raises:
             Unavailable: nobody serves there, or it does not answer.
         """
-        session = cls(connect(run_directory))
+        connection = connect(run_directory, limit_s)
         try:
-            session._greet()
+            return cls(connection)
         except BaseException:
-            session.close()
+            connection.close(is_lost=True)
+            connection.end()
             raise
-        return session
 
-    def _greet(self) -> None:
-        pending = self._welcome = Pending()
-        with self.lock:
-            self._send(encode(messages.Hello(role="host")))
-        self.wait(pending, CONNECT_LIMIT_S, f"a greeting within {CONNECT_LIMIT_S} s")
-        if isinstance(pending.answer, messages.Welcome):
-            self.epoch, self.broker_pid = pending.answer.epoch, pending.answer.broker_pid
+    def _make_ledger(self) -> Ledger:
+        return Ledger(self._wake_up, lambda arena: self.drain(arena))
+
+    def watch_aside(self, descriptor: int, read: Callable[[], bool]) -> None:
+        """Have whoever waits read something else by the way.
+
+        Args:
+            descriptor: readable when there is something; stays the caller's.
+            read: reads it, without waiting, and tells whether more may come.
+        """
+        self._aside_fd, self._read_aside = descriptor, read
+        self._poll.register(descriptor, select.POLLIN)
 
     # -- sending --------------------------------------------------------------------------------------------------
     def call(self, pending: Pending, message: bytes, limit_s: float) -> None:
@@ -121,16 +137,16 @@ class Session:
         if thread != self._only_thread:
             self._note_thread(thread)
         with self.lock:
-            if self._lost:
+            if self.ledger.lost:
                 self.check()
             self._calls[call_id] = pending
             pending.is_sent = True  # before it is: an interrupt may come out of `send` when the message has left
             try:
                 _send(self._dealer, message, _NOBLOCK)
             except zmq.Again:
-                del self._calls[call_id]
+                self._calls.pop(call_id, None)
                 pending.is_sent = False
-                raise Unavailable(_FULL, began="no") from None
+                raise self._not_sent() from None
             is_reader = self._reader is None
             if is_reader:
                 self._reader = pending
@@ -140,8 +156,9 @@ class Session:
             # For our own wait; or because sending may have consumed the signal that the reader waits for.
             if int(self._dealer.getsockopt(_EVENTS)) & _POLLIN:
                 self._read_all()
+        until_s = time.monotonic() + limit_s
         if not is_reader or not self._read_own(pending, call_id, limit_s * _MS):
-            self.wait(pending, limit_s, "an answer by its deadline")
+            self.wait(pending, until_s - time.monotonic(), "an answer by its deadline")
 
     def _note_thread(self, thread: int) -> None:
         """Notice that more than one thread uses the session."""
@@ -185,17 +202,19 @@ class Session:
             self._reader = None
             self._appoint_reader()
 
-    def abandon_call(self, call_id: int) -> None:
-        """Forget that somebody waits for a call, and tell the broker; its answer will be a stray. Under the lock."""
-        if self._calls.pop(call_id, None) is not None and not self._lost and not self._is_closed:
+    def give_up(self, pending: Pending) -> None:
+        """Nobody waits for a call any more: cancel it; its slot rests until nobody can touch it. Under the lock."""
+        self.leave(pending)
+        if self.ledger.give_up(pending) and not self._is_closed:
             with contextlib.suppress(Unavailable):
-                self._send(headers.encode_records(Op.CANCEL, [(call_id,)]))
+                self._send(headers.encode_records(Op.CANCEL, [(pending.call_id,)]))
 
-    def request(self, make: Callable[[int], Message], thread: int = 0) -> Pending:
+    def request(self, make: Callable[[int], Message], limit_s: float = REQUEST_LIMIT_S, thread: int = 0) -> Pending:
         """Send a control request and wait for its Reply or Segment.
 
         Args:
             make: makes the message from its request id.
+            limit_s: seconds to wait.
             thread: that waits meanwhile for the one that asks; 0: none does.
 
         Returns:
@@ -215,10 +234,17 @@ class Session:
                 self.check()
                 self._requests[request_id] = pending
                 self._send(message)
-            self.wait(pending, REQUEST_LIMIT_S, f"an answer within {REQUEST_LIMIT_S:g} s")
-        finally:
-            with self.lock:
+                pending.is_sent = True
+            self.wait(pending, limit_s, f"an answer within {limit_s:g} s")
+        except BaseException:
+            with self.lock, contextlib.suppress(Unavailable):
                 self._requests.pop(request_id, None)
+                unwanted = refuse_grant(pending)
+                if unwanted is not None:
+                    self.tell(unwanted)
+            raise
+        with self.lock:
+            self._requests.pop(request_id, None)
         return pending
 
     def tell(self, message: Message) -> None:
@@ -233,20 +259,32 @@ class Session:
     @property
     def is_open(self) -> bool:
         """Whether the broker is there, as far as we know."""
-        return not self._lost
+        return not self.ledger.lost
 
     def check(self) -> None:
-        """Raise Unavailable when the broker is known to be gone. Under the lock."""
-        if self._lost:
-            raise Unavailable(self._lost, began="no")
+        """Return while the broker is there, as far as we know. Under the lock.
+
+        Raises:
+            Unavailable: it is not.
+        """
+        self.ledger.check()
 
     def _send(self, message: bytes) -> None:
         try:
             _send(self._dealer, message, _NOBLOCK)
         except zmq.Again:
-            raise Unavailable(_FULL, began="no") from None
+            raise self._not_sent() from None
         if self._reader is not None:  # sending may have consumed the signal that it waits for
             self._read_all()
+
+    def _not_sent(self) -> Unavailable:
+        """Find out why nothing can be sent: where the broker is gone, the channel tells, now or in a moment."""
+        if not self.ledger.lost and not self._is_closed:
+            channel = select.poll()
+            channel.register(self._channel_fd, select.POLLIN)
+            channel.poll(LAST_WORDS_S * _MS)
+            self._read_grants()
+        return Unavailable(self.ledger.lost or FULL, began="no")
 
     # -- waiting --------------------------------------------------------------------------------------------------
     def wait(self, pending: Pending, limit_s: float, expected: str) -> None:
@@ -335,8 +373,12 @@ class Session:
         """Read for all until `pending` is answered or time is up, then leave the reading to another."""
         while not pending.is_done and (left_s := until_s - time.monotonic()) > 0:
             ready = self._poll.poll(left_s * _MS + 1)
-            if any(descriptor == self._channel_fd for descriptor, _ in ready):
+            descriptors = [descriptor for descriptor, _ in ready]
+            if self._channel_fd in descriptors:
                 uninterrupted(self._read_channel)
+            if self._aside_fd in descriptors and not self._read_aside():
+                self._poll.unregister(self._aside_fd)
+                self._aside_fd = -1
             with self.lock:
                 self._read_ready(ready)
         with self.lock:
@@ -375,7 +417,7 @@ class Session:
         try:
             size = size_of(memoryview(self._inbox))
         except ProtocolError as error:
-            self._lose(f"the broker sent something that is not of this protocol: {error}")
+            self.ledger.lose(f"the broker sent something that is not of this protocol: {error}")
             self._inbox[0] = 0
         else:
             self._take(size)
@@ -385,58 +427,10 @@ class Session:
         inbox = self._inbox
         if not inbox[0]:  # a call of a signal handler has done it
             return
-        message = inbox[:size]
-        try:
-            if size == _RESULT_SIZE and message[: headers.PREAMBLE_SIZE] == _RESULT_HEAD:
-                record = headers.RESULT.unpack_from(message, headers.PREAMBLE_SIZE)
-                self._on_answer(record[0], record)
-            else:
-                self._on_message(message)
-        except ProtocolError as error:
-            self._lose(f"the broker sent something that is not of this protocol: {error}")
+        self.ledger.take(inbox[:size])
         inbox[0] = 0
 
-    def _on_message(self, message: bytes) -> None:
-        op, count = headers.parse_preamble(message)
-        if op is Op.RESULT:
-            for record in headers.parse_records(op, count, message):
-                self._on_answer(record[0], record)
-        elif op is Op.FAILURE:
-            failure = decode(messages.Failure, message)
-            if failure.call_id == 0:
-                raise ProtocolError(f"it refused a message of ours: {failure.message}")
-            self._on_answer(failure.call_id, failure)
-        elif op is Op.RELEASED:
-            for (call_id,) in headers.parse_records(op, count, message):
-                self.on_stray(call_id, None)
-        elif op is Op.REPLY:
-            reply = decode(messages.Reply, message)
-            self._complete(self._requests.get(reply.request_id), reply)
-        elif op is Op.WELCOME:
-            self._complete(self._welcome, decode(messages.Welcome, message))
-        else:
-            raise ProtocolError(f"operation {op.name} is not for hosts")
-
-    def _on_answer(self, call_id: int, answer: Answer) -> None:
-        pending = self._calls.get(call_id)
-        if pending is None:
-            self.on_stray(call_id, answer)
-            return
-        if keeps_slot(answer):
-            self.on_kept(pending)
-        self._complete(pending, answer)
-        self._calls.pop(call_id, None)
-
-    def _complete(
-        self, pending: Pending | None, answer: Answer | messages.Reply | messages.Segment | messages.Welcome
-    ) -> None:
-        if pending is not None:
-            if not pending.is_done:
-                pending.answer = answer
-            self._wake_up(pending)
-
     def _wake_up(self, pending: Pending) -> None:
-        pending.is_done = True
         if pending.bell is not None:
             pending.bell.set()
         if pending is self._reader and get_ident() != self._reader_thread:
@@ -448,64 +442,56 @@ class Session:
                 self._read_grants()
 
     def _read_grants(self) -> None:
+        """Read everything on the channel, and notice its end. Under the lock."""
         while True:
             try:
                 message, descriptors = receive_message(self._channel)
             except BlockingIOError:
                 return
             except (ChannelClosed, OSError) as error:
-                self._poll.unregister(self._channel_fd)
-                self._read_all()  # what it had answered before it went
+                self._hear_last_words()
                 self._lose(f"the broker is gone ({error})")
                 return
             try:
-                self._on_grant(message, descriptors)
+                unwanted = self.ledger.grant(message, descriptors)
             except ProtocolError as error:
                 close_all(descriptors)
                 self._lose(f"the broker sent something that is not of this protocol: {error}")
                 return
+            if unwanted is not None:
+                close_all(descriptors)
+                with contextlib.suppress(Unavailable):
+                    self._send(encode(unwanted))
 
-    def _on_grant(self, message: bytes, descriptors: list[int]) -> None:
-        segment = decode(messages.Segment, message)
-        if len(descriptors) != 2:
-            raise ProtocolError(f"SEGMENT came with {len(descriptors)} descriptors, not 2")
-        pending = self._requests.get(segment.request_id)
-        if pending is None or pending.is_done:  # its owner has given up: let the broker have the memory back
-            close_all(descriptors)
-            self._send(encode(messages.GiveBack(arena=segment.arena, index=segment.index)))
-            return
-        pending.descriptors = descriptors
-        self._complete(pending, segment)
+    def _hear_last_words(self) -> None:
+        """Take the answers that the broker gave before it went: all are there when libzmq has met its end too."""
+        until_s = time.monotonic() + LAST_WORDS_S
+        dealer = select.poll()
+        dealer.register(self._dealer_fd, select.POLLIN)
+        self._read_all()
+        while int(self._dealer.getsockopt(_EVENTS)) & _POLLOUT and (left_s := until_s - time.monotonic()) > 0:
+            dealer.poll(left_s * _MS)
+            self._read_all()
 
     # -- ends -----------------------------------------------------------------------------------------------------
     def _lose(self, reason: str) -> None:
-        """Fail everything that waits, and whatever comes later."""
-        if self._lost:
-            return
-        self._lost = reason
-        waiting = [
-            *self._calls.values(),
-            *self._requests.values(),
-            *([self._welcome] if self._welcome else []),
-        ]
-        for pending in waiting:
-            if not pending.is_done:
-                pending.failure = Unavailable(reason)
-                self._wake_up(pending)
-        self._calls.clear()
-        self._requests.clear()
+        """Fail everything that waits, and whatever comes later. Under the lock."""
+        with contextlib.suppress(KeyError):
+            self._poll.unregister(self._channel_fd)
+        self.ledger.lose(reason)
 
     def close(self) -> None:
         """Leave the broker and close everything; those who wait get Unavailable. Idempotent."""
         with self.lock:
             if self._is_closed:
                 return
-            if not self._lost:
-                with contextlib.suppress(Unavailable, zmq.ZMQError):
+            is_lost = bool(self.ledger.lost)
+            if not is_lost:
+                with contextlib.suppress(zmq.ZMQError):
                     _send(self._dealer, encode(messages.Bye()), _NOBLOCK)
-            self._lose("the bridge was closed")
+            self.ledger.lose("the bridge was closed")
             self._is_closed = True
-            self._connection.close()
+            self._connection.close(is_lost=is_lost)
         self._connection.end()
         self._close_wake()
 
@@ -521,5 +507,12 @@ class Session:
 
     def leave_in_child(self) -> None:
         """Close, in a forked child, what would hide the parent's death from the broker."""
-        with contextlib.suppress(OSError):
-            os.close(self._channel.detach())
+        self._connection.leave_in_child()
+
+
+def refuse_grant(pending: Pending) -> Message | None:
+    """Close what a lease was granted in the moment that its owner gave up; return what to tell the broker."""
+    if not isinstance(pending.answer, messages.Segment):
+        return None
+    close_all(pending.descriptors)
+    return messages.GiveBack(arena=pending.answer.arena, index=pending.answer.index)

@@ -1,0 +1,349 @@
+"""AsyncLuaHostBridge: LuaHostBridge for an event loop, every method awaitable.
+
+It has no thread of its own either: the loop reads. Only what would hold the loop up (starting and ending the embedded
+service, connecting, copies of a megabyte and more) is done in a thread of the loop's executor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import weakref
+from collections.abc import Awaitable, Callable, Generator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from luacell.client.arguments import Arguments, Contract, Names, checked_capacity, without_emptiness
+from luacell.client.async_link import AsyncLink
+from luacell.client.deployment import Deployment
+from luacell.client.embedded import EmbeddedService
+from luacell.client.endpoint import run_directory_of
+from luacell.client.function import LuaFunction
+from luacell.client.lifecycle import Bridge
+from luacell.client.link import Budget, Place, may_look_again
+from luacell.client.replies import Buffer, ContractInfo, as_error, raise_for_reply
+from luacell.client.requests import (
+    Listing,
+    Request,
+    checked_function,
+    health,
+    random_id,
+    registration,
+    unregistration,
+)
+from luacell.client.scratch import ATTEMPTS, AsyncScratchVm, implementation
+from luacell.client.threads import done_in_thread, made_in_thread, uncancelled
+from luacell.protocol import messages
+from luacell.protocol.errors import (
+    AbiError,
+    AbiErrorCode,
+    BridgeClosed,
+    BridgeError,
+    BridgeForked,
+    BridgeNotInitialized,
+    CallError,
+    DuplicateContract,
+    HostContractNotFound,
+    Unavailable,
+)
+from luacell.protocol.identity import ContractRef
+
+
+class AsyncLuaHostBridge(Bridge):
+    """A bridge to Lua host contracts for asyncio, bound to the event loop in which it is opened.
+
+    `async with AsyncLuaHostBridge() as bridge` runs a private service and ends it;
+    `async with AsyncLuaHostBridge.connect() as bridge` uses a running one. Awaiting either opens it without the block:
+    `bridge = await AsyncLuaHostBridge.connect()`, and then `close()` is yours to await.
+
+    A task that is cancelled in a call withdraws the call; its slot rests until nobody can touch it.
+    """
+
+    def __init__(self) -> None:
+        self._make_place: Callable[[], Awaitable[Place]] = lambda: _embedded(spares=1)
+        self._link: AsyncLink | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._names = Names()
+        self._scratch: AsyncScratchVm | None = None
+        self._opening = asyncio.Lock()
+        self._closing: asyncio.Task[None] | None = None
+
+    @classmethod
+    def with_capacity(cls, capacity: int) -> Self:
+        """Return an embedded bridge that will keep `capacity` VMs warm; open it by `async with` or `await`.
+
+        Raises:
+            ValueError: `capacity` is outside 0..64.
+        """
+        spares = checked_capacity(capacity)
+        bridge = cls()
+        bridge._make_place = lambda: _embedded(spares)
+        return bridge
+
+    @classmethod
+    def connect(cls, endpoint: str | os.PathLike[str] | None = None) -> Self:
+        """Return a bridge to a running broker; open it by `async with` or `await`, which raises Unavailable.
+
+        Args:
+            endpoint: its run directory, or `ipc://` and that; None takes `$LUACELL_ENDPOINT`, else the default place.
+
+        Raises:
+            ValueError: the endpoint is malformed.
+        """
+        place = Place(run_directory_of(endpoint), None)
+
+        async def known() -> Place:
+            return place
+
+        bridge = cls()
+        bridge._make_place = known
+        return bridge
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        """Open the bridge and return it.
+
+        Raises:
+            Unavailable: nobody serves at its endpoint.
+            BridgeNotInitialized: the embedded service did not come up.
+        """
+        return self._opened().__await__()
+
+    async def __aenter__(self) -> Self:
+        return await self._opened()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return self._described(0 if self._link is None else self._link.calls.session.broker_pid)
+
+    def _way(self) -> AsyncLink | None:
+        return self._link
+
+    async def _opened(self) -> Self:
+        async with self._opening:
+            if self._state is None and self._link is None:
+                place = await self._make_place()
+                try:
+                    self._link = await AsyncLink.open(place)
+                except BaseException:
+                    if place.service is not None:
+                        await done_in_thread(place.service.stop)
+                    raise
+                self._loop = asyncio.get_running_loop()
+                self._finalizer = weakref.finalize(self, _clean_up, self._link, os.getpid())
+                self._joined()
+        self._opened_link()
+        return self
+
+    async def close(self) -> None:
+        """Leave the broker, and end it where it is this bridge's own. Idempotent; running calls get Unavailable."""
+        if self._state is BridgeForked:
+            return
+        if self._closing is None:
+            link = self._link
+            if link is not None and self._state is None:
+                self._check_loop()
+            self._parted(BridgeClosed)
+            if link is None:
+                return
+            if self._finalizer is not None:
+                self._finalizer.detach()
+            self._closing = asyncio.get_running_loop().create_task(link.close())
+        await asyncio.shield(self._closing)
+
+    # -- contracts ------------------------------------------------------------------------------------------------
+    async def register_host_contract(
+        self, contract: Contract, implementation: LuaFunction, *, replace: bool = False
+    ) -> None:
+        """Register a contract; arguments and errors are those of LuaHostBridge.
+
+        Raises:
+            BridgeError: the implementation is no LuaFunction or does not load, or the id is taken.
+            Unavailable: the broker is gone.
+        """
+        link = self._opened_link()
+        ref = ContractRef.of(contract)
+        await self._request(registration(ref, checked_function(ref, implementation), replace=replace), ref.id)
+        if replace:
+            link.calls.forget(ref.id)
+
+    async def unregister_host_contract(self, contract: Contract) -> None:
+        """Remove a contract: its running calls end, queued ones fail with code 100.
+
+        Raises:
+            ContractNotFound: there is none.
+        """
+        ref = ContractRef.of(contract)
+        await self._request(unregistration(ref.id), ref.id)
+        self._opened_link().calls.forget(ref.id)
+
+    async def contracts(self) -> list[ContractInfo]:
+        """Return the registered contracts in order of id."""
+        listing = Listing()
+        while not listing.is_complete:
+            listing.add(await self._request(listing.request))
+        return listing.found
+
+    async def deploy(self, directory: str | os.PathLike[str]) -> list[str]:
+        """Register all contracts of a directory with a `luacell.toml`, or none.
+
+        Returns:
+            The names of the contracts, as `host.name@major`.
+
+        Raises:
+            DeploymentError: the directory or its `luacell.toml` is not right; names file, table and key.
+            BridgeError: a contract does not load, or its id is taken.
+        """
+        self._opened_link()
+        deployment = await done_in_thread(lambda: Deployment.read(Path(directory)))
+        done: list[ContractRef] = []
+        try:
+            for unit in deployment.units:
+                await self._request(
+                    registration(unit.ref, unit.function, unit.settings, deployment.modules), unit.ref.id
+                )
+                done.append(unit.ref)
+        except BaseException:
+            await uncancelled(self._unregister(done))
+            raise
+        return [str(ref) for ref in done]
+
+    async def _unregister(self, refs: list[ContractRef]) -> None:
+        for ref in refs:
+            with contextlib.suppress(BridgeError, CallError):
+                await self.unregister_host_contract(ref.id)
+
+    # -- calls ----------------------------------------------------------------------------------------------------
+    async def call_host_contract(
+        self,
+        contract: Contract,
+        fn_id: int,
+        args: Buffer | None,
+        out: Buffer | None,
+        *,
+        timeout: float | None = None,
+    ) -> AbiError:
+        """Call a function of a contract the way polyplug's bridge does; never raises for what a contract does.
+
+        Arguments and answer are those of LuaHostBridge; the buffers must stay as they are until it has returned.
+
+        Raises:
+            BridgeClosed, BridgeForked: the bridge cannot be used.
+            ValueError, TypeError: an argument is malformed.
+        """
+        try:
+            await self._call(self._names.check(contract, fn_id, args, out, 0, timeout))
+        except CallError as error:
+            return as_error(error)
+        return AbiError(AbiErrorCode.OK)
+
+    async def call(
+        self,
+        contract: Contract,
+        fn_id: int,
+        args: Buffer | None = b"",
+        out_size: int = 0,
+        *,
+        out: Buffer | None = None,
+        timeout: float | None = None,
+    ) -> bytes:
+        """Call a function of a contract and return what it wrote.
+
+        Arguments and answer are those of LuaHostBridge; the buffers must stay as they are until it has returned.
+
+        Raises:
+            CallError: one child per code; `.began` says whether the function was entered.
+            BridgeClosed, BridgeForked: the bridge cannot be used.
+            ValueError, TypeError: an argument is malformed.
+        """
+        return await self._call(self._names.check(contract, fn_id, without_emptiness(args), out, out_size, timeout))
+
+    async def _call(self, arguments: Arguments) -> bytes:
+        link = self._opened_link()
+        calls, budget = link.calls, None
+        while True:
+            try:
+                return await calls.call(*arguments)
+            except Unavailable as error:
+                if not may_look_again(error, calls.session.is_open):
+                    raise
+            self._check()
+            budget = budget or Budget.of(arguments, link.place)
+            calls = await link.renew(calls, budget.until_s)
+            arguments = arguments._replace(timeout_us=budget.left_us())
+
+    # -- the rest -------------------------------------------------------------------------------------------------
+    async def health(self) -> dict[str, Any]:
+        """Return how the service is: hosts, contracts, workers (pid, contract, state), queues, memory, deaths."""
+        return dict((await self._request(health)).body)
+
+    async def lua(self) -> AsyncScratchVm:
+        """Return access to this bridge's scratch VM, in a worker of its own."""
+        self._opened_link()
+        if self._scratch is None:
+            scratch_id = random_id()
+            await self._register_scratch(scratch_id)
+            if self._scratch is None:  # another task may have been faster; the broker drops what nobody calls
+                self._scratch = AsyncScratchVm(lambda args, size: self._call_scratch(scratch_id, args, size))
+        return self._scratch
+
+    async def _register_scratch(self, scratch_id: int) -> None:
+        await self._request(registration(ContractRef(scratch_id), implementation(), private=True), scratch_id)
+
+    async def _call_scratch(self, scratch_id: int, args: bytes, size: int) -> bytes:
+        """Call the scratch VM; it is private to a session, so that a new session needs a new one."""
+        for _ in range(ATTEMPTS):
+            try:
+                return await self.call(scratch_id, 0, args, size)
+            except HostContractNotFound:
+                with contextlib.suppress(DuplicateContract):  # another task has done it
+                    await self._register_scratch(scratch_id)
+        return await self.call(scratch_id, 0, args, size)
+
+    async def _request(self, make: Request, contract_id: int = 0) -> messages.Reply:
+        link, budget = self._opened_link(), Budget()
+        calls = link.calls
+        while True:
+            try:
+                answer = (await calls.session.request(make)).answer
+            except Unavailable as error:
+                if not may_look_again(error, calls.session.is_open):
+                    raise
+            else:
+                break
+            self._check()
+            calls = await link.renew(calls, budget.until_s)
+        assert isinstance(answer, messages.Reply)
+        raise_for_reply(answer, contract_id)
+        return answer
+
+    def _opened_link(self) -> AsyncLink:
+        if self._state is not None:
+            self._check()
+        if self._link is None:
+            raise BridgeNotInitialized("Lua", "open the bridge first, by `async with` or `await`")
+        self._check_loop()
+        return self._link
+
+    def _check_loop(self) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        if loop is not self._loop:
+            raise BridgeError("this bridge is bound to another event loop; open one in each loop that needs it")
+
+
+async def _embedded(spares: int) -> Place:
+    service = await made_in_thread(lambda: EmbeddedService(spares), undo=EmbeddedService.stop)
+    return Place(service.run_directory, service)
+
+
+def _clean_up(link: AsyncLink, owner_pid: int) -> None:
+    if os.getpid() == owner_pid:
+        link.abandon()
