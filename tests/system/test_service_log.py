@@ -92,8 +92,6 @@ def test_service_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
-    with pytest.raises(BridgeNotInitialized, match=r"socket path .* choose a shorter"):
-        LuaHostBridge()
 
     async def main() -> None:
         async with AsyncLuaHostBridge():
