@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from luacell.protocol import messages
 from luacell.protocol.limits import NS_PER_MS, NS_PER_S, OUTPUT_PER_CALL_MAX, OUTPUT_PIECE_MAX, STDERR_TAIL_MAX
-from luacell.worker.output import HASTE, HOST_RATE, READ_SIZE, READS_PER_TURN, REST_NS, Bucket, Outputs, pieces
+from luacell.worker.output import (
+    BACKLOG_MAX,
+    HASTE,
+    HOST_RATE,
+    READ_SIZE,
+    READS_PER_TURN,
+    REST_NS,
+    Bucket,
+    Outputs,
+    pieces,
+)
 
 
 class Bench:
@@ -155,14 +165,37 @@ def test_a_flood_that_goes_on_is_read_with_rests(bench: Bench) -> None:
     assert HASTE <= written <= HASTE + 4 * READ_SIZE
 
 
-def test_a_full_channel_costs_output_and_it_is_counted(bench: Bench) -> None:
+def test_output_waits_for_room_in_the_channel_and_keeps_its_order(bench: Bench) -> None:
     bench.is_full = True
     bench.write(1, b"x" * 5000)
     bench.turn()
-    bench.is_full = False
     bench.write(1, b"y")
     bench.turn()
-    assert (bench.text(), bench.cut) == (b"y", 5000)
+    assert not bench.sent
+    next_ns = bench.outputs.next_ns()
+    assert next_ns is not None and next_ns > bench.now_ns, "it is offered again, but not at once"
+    bench.is_full = False
+    bench.turn()
+    assert (bench.text(), bench.cut) == (b"x" * 5000 + b"y", 0)
+    assert bench.outputs.next_ns() is None
+
+
+def test_a_channel_that_stays_full_costs_output_and_it_is_counted(bench: Bench) -> None:
+    bench.is_full = True
+    written = 0
+    for worker in range(2, 22):
+        bench.add(worker)
+        written += bench.write(worker, bytes(OUTPUT_PER_CALL_MAX))
+    for _ in range(20):
+        bench.turn()
+    bench.is_full = False
+    for worker in range(2, 22):
+        written += bench.write(worker, b"y")
+    for _ in range(20):
+        bench.turn()
+    assert bench.cut > 0
+    assert sum(len(each.data) for each in bench.sent) + bench.cut == written
+    assert len(bench.sent) < BACKLOG_MAX + 2 * 21
 
 
 def test_a_dead_worker_s_last_words_are_passed_on_and_kept(bench: Bench) -> None:

@@ -29,17 +29,19 @@ class Notifier:
 
     def ready(self, status: str) -> None:
         """The service can be used."""
-        self._send(f"READY=1\nSTATUS={status}")
+        self._send("READY=1", status)
 
     def stopping(self, status: str) -> None:
         """The service is about to end."""
-        self._send(f"STOPPING=1\nSTATUS={status}")
+        self._send("STOPPING=1", status)
 
     def status(self, status: str) -> None:
         """Tell people how the service is, in one line."""
-        self._send(f"STATUS={status}")
+        self._send("", status)
 
-    def _send(self, state: str) -> None:
-        if self._socket is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._socket.sendto(state.encode(), self._address)
+    def _send(self, state: str, status: str) -> None:
+        if self._socket is None:
+            return
+        lines = [*([state] if state else []), "STATUS=" + " ".join(status.splitlines())]
+        with contextlib.suppress(OSError, ValueError):
+            self._socket.sendto("\n".join(lines).encode("utf-8", "replace"), self._address)

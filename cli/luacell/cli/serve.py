@@ -37,7 +37,7 @@ SECOND_SIGNAL_LIMIT_S: Final = 1.0
 ORPHANED_LIMIT_S: Final = 1.0  # for a worker host whose broker is gone
 BROKER_GONE_LOOK_S: Final = 0.1  # a worker host may end a moment before the broker whose death it saw
 EXIT_FAILED: Final = 1
-EXIT_REFUSED: Final = 78  # the broker's, and then that of serve: another attempt would not change it
+REFUSALS: Final = (2, 78)  # usage and configuration; the broker's, and then that of serve: a retry would not help
 
 BROKER: Final = "broker"
 WORKER_HOST: Final = "worker host"
@@ -125,7 +125,10 @@ class Parent:
     def _act_on_time(self, now_s: float) -> None:
         for name in [name for name, when_s in self._starts.items() if when_s <= now_s]:
             del self._starts[name]
-            self._start(name)
+            try:
+                self._start(name)
+            except OSError as error:  # no memory, or too many processes
+                self._restart(name, f"a start that failed: {error.strerror}", now_s)
         for name in [name for name, when_s in self._kills.items() if when_s <= now_s]:
             del self._kills[name]
             log.warning(f"the {name} did not end in time; killing it")
@@ -208,9 +211,9 @@ class Parent:
             self._orphan_worker_host(now_s)
         if self._exit_code is not None:
             return
-        if name == BROKER and code == EXIT_REFUSED:
+        if name == BROKER and code in REFUSALS:
             log.error("the broker refused to start, for the reason that it gave; stopping")
-            self._end(EXIT_REFUSED)
+            self._end(code)
         elif name in self._expected:
             self._starts[name] = now_s
         else:

@@ -15,6 +15,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import termios
 import time
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ CONNECT_RETRY_S: Final = 0.01
 SEND_LIMIT_S: Final = 5.0  # the broker reads within this, or is as good as gone
 LEAVE_LIMIT_NS: Final = 25 * NS_PER_S  # for calls that run when this host is told to end
 SIGNALS_MAX: Final = 64  # read at once
-OUTPUT_WAITING_MAX: Final = 64 * KIB  # bytes in the channel beyond which output is cut: reports need the rest of it
+OUTPUT_WAITING_MAX: Final = 32 * KIB  # bytes in the channel beyond which output waits; from 52 on reports would, too
 LAST_ORDERS_MAX: Final = 64  # that a closed channel may still hold
 HOST_LEAVES: Final = "the worker host is to end"
 
@@ -222,11 +223,12 @@ class WorkerHost:
 
     def _pass_on(self, output: messages.Output) -> bool:
         """Tell the broker what a contract printed, where that needs no waiting and leaves room for reports."""
+        channel = self._channel.fileno()  # bare, and non-blocking: a socket with a timeout would wait for room
         try:
-            waiting = fcntl.ioctl(self._channel, termios.TIOCOUTQ, bytes(4))
-            if int.from_bytes(waiting, "little") > OUTPUT_WAITING_MAX:
+            waiting = fcntl.ioctl(channel, termios.TIOCOUTQ, bytes(4))
+            if int.from_bytes(waiting, sys.byteorder) > OUTPUT_WAITING_MAX:
                 return False
-            self._channel.send(encode(output), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            os.write(channel, encode(output))
         except OSError:  # the broker is gone; whoever waits for the channel hears of it
             return False
         return True

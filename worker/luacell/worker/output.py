@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 import os
 import select
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -36,6 +37,7 @@ REST_NS: Final = 5 * NS_PER_MS
 WORKER_RATE: Final = 256 * KIB  # bytes a second that are passed on
 HOST_RATE: Final = 1 * MIB  # the same for all workers together
 HASTE: Final = 4 * MIB  # bytes of one worker that are read without rests, so that they are counted, not refused
+BACKLOG_MAX: Final = 256  # messages of 3 KiB that wait for room in the channel; beyond, output is cut
 HASTE_RATE: Final = 1 * MIB  # bytes a second by which that grows back
 
 
@@ -99,7 +101,7 @@ class Outputs:
     """The output of all workers of one worker host.
 
     Args:
-        send: passes a message on; tells whether it could, and never waits.
+        send: passes a message on; tells whether it could, and never waits. What it refuses is offered again.
 
     Attributes:
         descriptor: readable when `turn` has something to do.
@@ -114,6 +116,8 @@ class Outputs:
         self._due: list[tuple[int, int, Stream]] = []  # heap by time; a stream is in it once at most
         self._count = 0
         self._rate = Bucket(HOST_RATE, HOST_RATE)
+        self._backlog: deque[messages.Output] = deque()
+        self._offer_ns = 0  # when to offer it again
 
     def add(self, worker: int, stdout: int, stderr: int) -> None:
         """Read a worker's output from now on.
@@ -132,10 +136,15 @@ class Outputs:
 
     def next_ns(self) -> int | None:
         """Return when `turn` has something to do without a sign from the descriptor, or None."""
-        return self._due[0][0] if self._due else None
+        times = [self._due[0][0]] if self._due else []
+        if self._backlog:
+            times.append(self._offer_ns)
+        return min(times, default=None)
 
     def turn(self, now_ns: int) -> None:
         """Do what is due, within the bounds of a turn."""
+        if self._backlog and now_ns >= self._offer_ns:
+            self._offer(now_ns)
         for descriptor, _ in self._epoll.poll(0, READS_PER_TURN):
             stream = self._streams[descriptor]
             self._schedule(stream, now_ns + (GATHER_NS if stream.printer.may_hurry(now_ns) else REST_NS))
@@ -149,6 +158,7 @@ class Outputs:
     def end(self, worker: int, now_ns: int) -> bytes:
         """Read what a dead worker has left, pass it on, and close its pipes; return the end of its stderr."""
         printer, streams = self._of_worker.pop(worker)
+        self._offer(now_ns)
         for stream in streams:
             for _ in range(READS_AT_END):
                 if stream.descriptor >= 0:
@@ -197,10 +207,24 @@ class Outputs:
         self._rate.take(size)
         printer.cut += len(data) - size
         for piece in pieces(data[:size]):
-            if self._send(messages.Output(worker=printer.worker, stream=stream.name, data=piece, cut=0)):
-                continue
-            printer.cut += len(piece)
+            self._pass_on(messages.Output(worker=printer.worker, stream=stream.name, data=piece), printer, now_ns)
         return len(data)
+
+    def _pass_on(self, output: messages.Output, printer: Printer, now_ns: int) -> None:
+        """Send a piece, behind those that wait; let it wait, or cut it."""
+        if not self._backlog and self._send(output):
+            return
+        if len(self._backlog) < BACKLOG_MAX:
+            self._offer_ns = self._offer_ns if self._backlog else now_ns + GATHER_NS
+            self._backlog.append(output)
+        else:
+            printer.cut += len(output.data)
+
+    def _offer(self, now_ns: int) -> None:
+        """Send what waits, as far as there is room for it."""
+        while self._backlog and self._send(self._backlog[0]):
+            self._backlog.popleft()
+        self._offer_ns = now_ns + GATHER_NS
 
     def _tell_cut(self, printer: Printer, name: str) -> None:
         if printer.cut and self._send(messages.Output(worker=printer.worker, stream=name, data=b"", cut=printer.cut)):
