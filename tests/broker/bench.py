@@ -24,6 +24,7 @@ from luacell.broker.model import (
     Worker,
 )
 from luacell.broker.registry import ContractRecord, Registry
+from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.headers import HAS_ARGS, HAS_OUT, Done
 from luacell.protocol.headers import Call as CallHeader
 from luacell.protocol.limits import NS_PER_MS
@@ -256,6 +257,12 @@ class Bench:
         """A host is gone."""
         self.effects = self.dispatcher.host_left(host, self.now_ns)
         return self.effects
+
+    @property
+    def replied(self) -> tuple[str, AbiErrorCode]:
+        """Kind and code of the one reply that the last event had."""
+        reply = self.only(SendReply)
+        return reply.kind, reply.code
 
     # -- shorthands for what must have been answered ----------------------------------------------------------------
     @property

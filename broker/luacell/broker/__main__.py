@@ -33,6 +33,7 @@ from luacell.protocol.endpoints import TcpEndpoint, parse_tcp
 from luacell.protocol.limits import SPARES_MAX
 from luacell.protocol.logs import configure_queued_logging
 from luacell.protocol.paths import STATE_DIRECTORY
+from luacell.protocol.startup import put_right
 
 # A call leaves no cycles behind; looking for some every few calls costs more than the calls' own objects.
 GC_THRESHOLDS: Final = (50_000, 20, 50)
@@ -46,6 +47,7 @@ log = logging.getLogger("luacell.broker")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a broker; return its exit code."""
+    put_right()
     options = _parse(arguments)
     faulthandler.enable()
     records = configure_queued_logging(options.log_level, make_formatter)

@@ -68,6 +68,13 @@ def over_bound(session: Session, contract: Contract) -> Refusal | None:
     return None
 
 
+def no_worker(contract: Contract, workers_max: int) -> Refusal:
+    """There is no worker for a contract, and there are as many as there may be."""
+    limit = f"workers: {workers_max}"
+    text = f"{contract.record.title}: the bound on {limit} is reached; retry later, unregister what is not needed"
+    return Refusal(AbiErrorCode.BUSY, text, limit)
+
+
 def shutting_down(header: headers.Call) -> Refusal:
     """The broker finishes what it has and takes nothing new."""
     return Refusal(AbiErrorCode.UNAVAILABLE, f"call {header.call_id} comes too late: the broker is shutting down")

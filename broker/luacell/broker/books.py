@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, NamedTuple
 
+from luacell.broker.bounds import PAIRS_MAX
 from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.headers import Call
 from luacell.protocol.limits import HOST_MEMORY_MAX, SEGMENTS_PER_ARENA_MAX, TOTAL_MEMORY_MAX
@@ -109,9 +110,17 @@ class Books:
     Args:
         host_memory_max: bytes one host may hold.
         total_memory_max: bytes all hosts may hold.
+        pairs_max: pairs of segments there may be; each is two descriptors.
     """
 
-    def __init__(self, host_memory_max: int = HOST_MEMORY_MAX, total_memory_max: int = TOTAL_MEMORY_MAX) -> None:
+    def __init__(
+        self,
+        host_memory_max: int = HOST_MEMORY_MAX,
+        total_memory_max: int = TOTAL_MEMORY_MAX,
+        pairs_max: int = PAIRS_MAX,
+    ) -> None:
+        self._pairs_max = pairs_max
+        self._pair_count = 0
         self._host_memory_max = host_memory_max
         self._total_memory_max = total_memory_max
         self.slots: dict[int, SlotBook] = {}  # of usable pairs, by Pair.slot_key; read by the dispatcher
@@ -139,6 +148,9 @@ class Books:
             return _over_budget("memory per host", wanted, held, self._host_memory_max)
         if self._total + wanted > self._total_memory_max:
             return _over_budget("memory of all hosts", wanted, self._total, self._total_memory_max)
+        if self._pair_count >= self._pairs_max:
+            limit = f"segments of all hosts: {2 * self._pairs_max}"
+            return Refusal(AbiErrorCode.BUSY, f"the bound on {limit} is reached; retry later, or raise NOFILE", limit)
         arena = self._arena_of(session, contract_id)
         if len(arena.pairs) >= SEGMENTS_PER_ARENA_MAX:
             limit = f"segments per arena: {SEGMENTS_PER_ARENA_MAX}"
@@ -150,6 +162,7 @@ class Books:
         arena.pairs[pair.index] = pair
         self._held[session] = held + wanted
         self._total += wanted
+        self._pair_count += 1
         return pair
 
     def pair_of(self, session: bytes, arena_id: int, index: int) -> Pair | Refusal:
@@ -223,6 +236,7 @@ class Books:
             return False
         arena = pair.arena
         del arena.pairs[pair.index]
+        self._pair_count -= 1
         self._total -= pair.shape.total_bytes
         left = self._held[arena.session] - pair.shape.total_bytes
         self._held[arena.session] = left

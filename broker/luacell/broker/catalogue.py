@@ -69,6 +69,10 @@ class Catalogue:
             reason = f"the registry is at its limit of {CONTRACTS_MAX} contracts; unregister some"
             effects.append(SendReply(request, "Busy", AbiErrorCode.BUSY, reason))
             return
+        if self._workforce.is_full:
+            reason = f"the bound on workers: {self._workforce.workers_max} is reached; unregister what is not needed"
+            effects.append(SendReply(request, "Busy", AbiErrorCode.BUSY, reason))
+            return
         objection = _objection_to(record.settings)
         if objection:
             effects.append(SendReply(request, "BadRequest", AbiErrorCode.BAD_REQUEST, objection))

@@ -85,6 +85,7 @@ class Dispatcher:
         registry: of contracts.
         new_routing_id: makes 16 unguessable bytes for a worker.
         spares: blank workers to keep.
+        workers_max: how many workers there may be; None for WORKERS_MAX.
     """
 
     def __init__(
@@ -94,11 +95,12 @@ class Dispatcher:
         registry: Registry,
         new_routing_id: Callable[[], bytes],
         spares: int = 1,
+        workers_max: int | None = None,
     ) -> None:
         self._memory = memory
         self._books = books
         self._wheel: TimerWheel[Subject] = TimerWheel()
-        self.workforce = Workforce(self._wheel, new_routing_id, spares)
+        self.workforce = Workforce(self._wheel, new_routing_id, spares, workers_max)
         self.catalogue = Catalogue(registry, self.workforce, self._wheel)
         self.sessions: dict[bytes, Session] = {}
         self.answered_count = 0
@@ -147,6 +149,8 @@ class Dispatcher:
         if contract is None:
             return [answers.refused(session, header, answers.unknown_contract(header))]
         refusal = answers.malformed(session, header) or answers.over_bound(session, contract)
+        if refusal is None and not contract.workers and self.workforce.is_full:
+            refusal = answers.no_worker(contract, self.workforce.workers_max)
         if refusal is not None:
             return [answers.refused(session, header, refusal)]
         if contract.retry_ns > now_ns and not contract.workers:

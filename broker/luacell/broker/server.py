@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import secrets
 import socket
 import time
@@ -21,6 +22,7 @@ import zmq
 
 from luacell.broker import model
 from luacell.broker.books import Books, Pair
+from luacell.broker.bounds import bounds_for
 from luacell.broker.dispatcher import Dispatcher
 from luacell.broker.hosts import Hosts
 from luacell.broker.inline import InlineHost, InlineHosts
@@ -39,7 +41,7 @@ from luacell.protocol import headers, messages
 from luacell.protocol.endpoints import TcpEndpoint
 from luacell.protocol.errors import AbiErrorCode, LuacellError, ProtocolError
 from luacell.protocol.headers import Op
-from luacell.protocol.limits import MESSAGE_MAX, NS_PER_MS, NS_PER_S, SESSIONS_MAX
+from luacell.protocol.limits import MESSAGE_MAX, NS_PER_MS, NS_PER_S
 from luacell.protocol.memory.channel import ChannelClosed, close_all, send_message
 from luacell.protocol.messages import ROUTING_ID_SIZE, decode, encode
 from luacell.protocol.release import __version__
@@ -107,8 +109,11 @@ class Server:
         self._listener = run_directory.listen()
         self._watcher = Watcher(self._context, "inproc://watcher", self._watcher_id, self._listener)
         self._store = SegmentStore()
-        books, registry = Books(), Registry()
-        self._dispatcher = dispatcher = Dispatcher(self._store, books, registry, _new_routing_id, spares)
+        self._bounds = bounds = bounds_for(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        books, registry = Books(pairs_max=bounds.pairs), Registry()
+        self._dispatcher = dispatcher = Dispatcher(
+            self._store, books, registry, _new_routing_id, spares, bounds.workers
+        )
         self._restore(records, registry_store)
         self._outbox = outbox = Outbox(self._router, self._expel)
         self._workers = Workers(dispatcher, self._store, self._watcher, self._perform, self._on_answers)
@@ -361,8 +366,8 @@ class Server:
                 f"unknown peer: role {role!r} needs the descriptor socket first; say {messages.INLINE!r}"
             )
         if host is None:
-            if len(self._hosts.links) + len(self._inline.hosts) >= SESSIONS_MAX:
-                text = f"{SESSIONS_MAX} hosts are connected, which is the limit; retry later"
+            if len(self._hosts.links) + len(self._inline.hosts) >= self._bounds.hosts:
+                text = f"{self._bounds.hosts} hosts are connected, which is the limit; retry later"
                 self._outbox.tell_failure(SendFailure(peer, 0, AbiErrorCode.BUSY, text, slot="unused"))
                 return
             self._inline.joined(peer)
@@ -456,7 +461,7 @@ class Server:
         self._tick_ns = 0  # look again at the next message
 
     def _on_connected(self, channel: socket.socket) -> None:
-        if len(self._hosts.links) + len(self._inline.hosts) >= SESSIONS_MAX:
+        if len(self._hosts.links) + len(self._inline.hosts) >= self._bounds.hosts:
             self._refuse_channel(channel)
             return
         if len(self._greeting) >= GREETINGS_MAX:  # whoever has kept silent longest makes room

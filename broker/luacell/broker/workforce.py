@@ -49,11 +49,19 @@ class Workforce:
         wheel: for limits on starting and loading.
         new_routing_id: makes 16 unguessable bytes.
         spares: blank workers to keep.
+        workers_max: how many there may be, dying ones included; None for WORKERS_MAX.
     """
 
-    def __init__(self, wheel: TimerWheel[Subject], new_routing_id: Callable[[], bytes], spares: int) -> None:
+    def __init__(
+        self,
+        wheel: TimerWheel[Subject],
+        new_routing_id: Callable[[], bytes],
+        spares: int,
+        workers_max: int | None = None,
+    ) -> None:
         self._wheel = wheel
         self._new_routing_id = new_routing_id
+        self.workers_max = WORKERS_MAX if workers_max is None else workers_max
         self.spares_wanted = spares
         self._last_id = 0
         self._start_failures = 0
@@ -71,6 +79,11 @@ class Workforce:
         """Workers that were ordered and are not ready."""
         return sum(worker.state is STARTING for worker in self.by_id.values())
 
+    @property
+    def is_full(self) -> bool:
+        """Whether a contract that has no worker would get none."""
+        return len(self.by_id) >= self.workers_max and not self.blank
+
     def request(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
         """Get a worker for a contract: a blank one now, or the next that becomes ready."""
         if self.blank:
@@ -85,7 +98,7 @@ class Workforce:
             return
         starting = self.starting_count
         missing = self.spares_wanted + len(self.waiting) - starting - len(self.blank)
-        room = min(WORKERS_MAX - len(self.by_id), STARTS_AT_ONCE_MAX - starting)
+        room = min(self.workers_max - len(self.by_id), STARTS_AT_ONCE_MAX - starting)
         for _ in range(min(missing, room)):
             self._last_id += 1
             worker = Worker(self._last_id, self._new_routing_id())

@@ -28,11 +28,12 @@ from luacell.cli.children import Child, become_subreaper, reap_orphans
 from luacell.cli.notify import Notifier
 from luacell.cli.restarts import INTENSITY, PERIOD_S, Restarts
 from luacell.protocol.logs import configure_logging
+from luacell.protocol.startup import put_right
 
 DRAIN_LIMIT_S: Final = 25.0  # what the broker takes for calls in flight
 DRAIN_GRACE_S: Final = 3.0  # what it may take on top, to close
 READY_LIMIT_S: Final = 30.0  # for a broker to have bound its sockets
-STOP_LIMIT_S: Final = 1.5  # below the two seconds in which everything must be gone
+STOP_LIMIT_S: Final = 0.6  # a bridge that closes waits a little longer, and promises a second
 SECOND_SIGNAL_LIMIT_S: Final = 1.0
 ORPHANED_LIMIT_S: Final = 1.0  # for a worker host whose broker is gone
 BROKER_GONE_LOOK_S: Final = 0.1  # a worker host may end a moment before the broker whose death it saw
@@ -300,6 +301,7 @@ class Parent:
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve, in the foreground or as the embedded default; return the exit code."""
+    put_right()
     options = _parse(arguments)
     configure_logging(options.log_level)
     return Parent(options).run()

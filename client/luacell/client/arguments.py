@@ -79,6 +79,8 @@ class Names:
         if type(fn_id) is not int or not 0 <= fn_id <= FN_ID_MAX:
             raise ValueError(f"fn_id {fn_id!r} is no integer in 0..2**32-1")
         size = out_size if target is None else target.nbytes
+        if type(size) is not int:
+            raise TypeError(f"out_size {size!r} is no integer")
         if not 0 <= size <= PAYLOAD_MAX or (source is not None and len(source) > PAYLOAD_MAX):
             raise _wrong_size(0 if source is None else len(source), size)
         return Arguments(contract_id, fn_id, source, target, size, 0 if timeout is None else _microseconds(timeout))
@@ -89,7 +91,10 @@ def checked_capacity(capacity: int) -> int:
 
     Raises:
         ValueError: outside 0..64.
+        TypeError: it is no integer.
     """
+    if type(capacity) is not int:
+        raise TypeError(f"capacity {capacity!r} is no integer")
     if not 0 <= capacity <= SPARES_MAX:
         raise ValueError(f"capacity {capacity} is outside 0..{SPARES_MAX}")
     return capacity

@@ -259,6 +259,7 @@ class LuaHostBridge(Bridge):
                 contract_id is not None
                 and type(fn_id) is int
                 and 0 <= fn_id <= FN_ID_MAX
+                and type(out_size) is int
                 and 0 <= out_size <= PAYLOAD_MAX
                 and len(args) <= PAYLOAD_MAX
             ):

@@ -19,12 +19,15 @@ import time
 from pathlib import Path
 from typing import Final
 
+from luacell.client.interrupts import uninterrupted
 from luacell.client.records import ServiceLog, wanted_level
 from luacell.protocol.errors import BridgeNotInitialized
-from luacell.protocol.paths import EMBEDDED_PREFIX, LOCK_FILE
+from luacell.protocol.memory.channel import SOCKET_PATH_MAX
+from luacell.protocol.paths import BROKER_SOCKET, EMBEDDED_PREFIX, LOCK_FILE
 
 START_LIMIT_S: Final = 10.0
 STOP_LIMIT_S: Final = 0.8  # with what else closing a bridge takes, below the promise of a second
+_FIRST_FREE: Final = 3
 SWEEP_MAX: Final = 64  # leftovers looked at per start
 SWEEP_AGE_S: Final = 10.0  # younger directories may be of a service that is just starting
 
@@ -43,34 +46,39 @@ class EmbeddedService:
     """
 
     def __init__(self, spares: int) -> None:
-        parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+        parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()).absolute()
         sweep(parent)
-        self.run_directory = Path(tempfile.mkdtemp(prefix=EMBEDDED_PREFIX, dir=parent))
+        self.run_directory = _make_directory(parent)
         self.log = ServiceLog()
+        self._process: subprocess.Popen[bytes] | None = None
         ready, report = os.pipe()
         try:
-            self._process = subprocess.Popen(
-                self._command(spares, report),
-                stdin=subprocess.DEVNULL,
-                stderr=self.log.writer,
-                pass_fds=[report],
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(ready)
-            self._remove()
-            self.log.close()
-            raise
-        finally:
-            os.close(report)
-            self.log.close_writer()
-        try:
+            uninterrupted(lambda: self._start(spares, report), is_short=True)
             self._await(ready)
         except BaseException:
             self.stop()
             raise
         finally:
             os.close(ready)
+
+    def _start(self, spares: int, report: int) -> None:
+        # Above the standard descriptors, which may be closed here: those of the child are replaced.
+        passed = fcntl.fcntl(report, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)
+        try:
+            self._process = subprocess.Popen(
+                self._command(spares, passed),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self.log.writer,
+                pass_fds=[passed],
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise BridgeNotInitialized("Lua", f"{sys.executable} cannot be started: {error.strerror}") from None
+        finally:
+            os.close(passed)
+            os.close(report)
+            self.log.close_writer()
 
     def _command(self, spares: int, report: int) -> list[str]:
         return [
@@ -86,6 +94,7 @@ class EmbeddedService:
         if not poll.poll(START_LIMIT_S * 1000):
             raise self._not_initialized(f"the embedded service was not ready within {START_LIMIT_S:g} s")
         if not os.read(ready, 1):
+            assert self._process is not None
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_LIMIT_S)  # it writes its last words after it has closed the other pipe
             raise self._not_initialized("the embedded service ended while starting")
@@ -98,11 +107,11 @@ class EmbeddedService:
     @property
     def has_ended(self) -> bool:
         """Whether it is gone, and will not come back."""
-        return self._process.poll() is not None
+        return self._process is None or self._process.poll() is not None
 
     def stop(self) -> None:
         """End it, by force where it must be, and leave nothing. Idempotent."""
-        if self._process.poll() is None:
+        if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             try:
                 self._process.wait(STOP_LIMIT_S)
@@ -116,6 +125,24 @@ class EmbeddedService:
 
     def _remove(self) -> None:
         shutil.rmtree(self.run_directory, ignore_errors=True)
+
+
+def _make_directory(parent: Path) -> Path:
+    """Make the run directory.
+
+    Raises:
+        BridgeNotInitialized: there is no place for it, or its sockets' paths would be too long.
+    """
+    name = f"{EMBEDDED_PREFIX}xxxxxxxx/{BROKER_SOCKET}"
+    size = len(os.fsencode(parent / name))
+    if size > SOCKET_PATH_MAX:
+        reason = f"socket paths in {parent} would have {size} bytes; the system's limit is {SOCKET_PATH_MAX}"
+        raise BridgeNotInitialized("Lua", f"{reason}: set XDG_RUNTIME_DIR to a shorter path")
+    try:
+        return Path(tempfile.mkdtemp(prefix=EMBEDDED_PREFIX, dir=parent))
+    except OSError as error:
+        reason = f"cannot make a run directory in {parent}: {error.strerror}"
+        raise BridgeNotInitialized("Lua", f"{reason}; XDG_RUNTIME_DIR names another place") from None
 
 
 def sweep(parent: Path) -> None:

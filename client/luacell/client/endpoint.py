@@ -59,7 +59,10 @@ def run_directory_of(endpoint: str | os.PathLike[str] | None) -> Path:
 
 
 def _given(endpoint: str | os.PathLike[str] | None) -> str:
-    return os.fspath(endpoint) if endpoint is not None else os.environ.get(ENDPOINT_VARIABLE, "")
+    given = os.fspath(endpoint) if endpoint is not None else os.environ.get(ENDPOINT_VARIABLE, "")
+    if not isinstance(given, str):
+        raise TypeError(f"an endpoint is text or a path, not {type(given).__name__}")
+    return given
 
 
 def _default() -> Path:

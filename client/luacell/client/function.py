@@ -26,15 +26,25 @@ class LuaFunction:
         ValueError: it is larger than 4 MiB.
     """
 
-    __slots__ = ("chunk_name", "source")
+    __slots__ = ("_chunk_name", "_source")
 
     def __init__(self, source: str | bytes, *, chunk_name: str = "") -> None:
         if not isinstance(source, str | bytes):
             raise TypeError(f"Lua source is str or bytes, not {type(source).__name__}")
-        self.source = source.encode() if isinstance(source, str) else source
-        self.chunk_name = _sendable(chunk_name)
-        if len(self.source) > SOURCE_MAX:
-            raise ValueError(f"Lua source of {len(self.source)} bytes is over the limit of {SOURCE_MAX}")
+        self._source = source.encode() if isinstance(source, str) else source
+        self._chunk_name = _sendable(chunk_name)
+        if len(self._source) > SOURCE_MAX:
+            raise ValueError(f"Lua source of {len(self._source)} bytes is over the limit of {SOURCE_MAX}")
+
+    @property
+    def source(self) -> bytes:
+        """The chunk."""
+        return self._source
+
+    @property
+    def chunk_name(self) -> str:
+        """What error messages call it, in Lua's form; "" for the contract's name."""
+        return self._chunk_name
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> LuaFunction:

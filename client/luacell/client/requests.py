@@ -36,7 +36,13 @@ def registration(
     replace: bool = False,
     private: bool = False,
 ) -> Request:
-    """Return the request that registers a contract."""
+    """Return the request that registers a contract.
+
+    Raises:
+        TypeError: `replace` is neither True nor False.
+    """
+    if type(replace) is not bool:
+        raise TypeError(f"replace is True or False, not {replace!r}")
     version = ref.version
     packed = version.major << 32 | version.minor << 16 | version.patch if version is not None else 0
     return lambda number: messages.Register(

@@ -20,6 +20,7 @@ from typing import Final
 from luacell.protocol.errors import ProtocolError
 from luacell.protocol.logs import configure_logging
 from luacell.protocol.memory.channel import ChannelClosed
+from luacell.protocol.startup import put_right
 from luacell.worker import sandbox
 from luacell.worker.host import WorkerHost
 
@@ -31,6 +32,7 @@ log = logging.getLogger("luacell.worker-host")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a worker host; return its exit code."""
+    put_right()
     options = _parse(arguments)
     configure_logging(options.log_level)
     if options.parent:
