@@ -31,7 +31,7 @@ def test_version_is_that_of_the_package() -> None:
 
 @pytest.mark.parametrize("words", [("--help",), *((verb, "--help") for verb in VERBS)], ids=" ".join)
 def test_help_loads_nothing_heavy(words: tuple[str, ...]) -> None:
-    heavy = ("zmq", "msgpack", "rich", "lupa", "sqlite3", "luacell.client", "luacell.broker", "luacell.worker")
+    heavy = ("zmq", "msgpack", "rich", "lupa", "luacell.client", "luacell.broker", "luacell.worker")
     script = (
         "import atexit, sys\n"
         f"atexit.register(lambda: print([name for name in {heavy} if name in sys.modules], file=sys.stderr))\n"
