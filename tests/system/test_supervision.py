@@ -257,7 +257,8 @@ def test_the_worker_host_stays_until_the_broker_has_drained(directory: Path) -> 
         assert service.process.wait(LIMIT_S) == 0
         order = [line for line in service.heard if "starts" not in line]
         assert order[:3] == ["broker SIGTERM", "go on", "broker ends"]
-        assert set(order[3:]) == {"worker SIGTERM", "worker SIGINT", "worker ends"}
+        assert order[-1] == "worker ends"
+        assert set(order[3:-1]) <= {"worker SIGTERM", "worker SIGINT"}, "it may end before it has heard both"
 
 
 def test_a_second_signal_ends_a_drain_at_once(directory: Path) -> None:
