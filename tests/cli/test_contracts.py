@@ -114,9 +114,9 @@ def test_broker_that_is_not_there_is_69_with_its_place(tmp_path: Path, words: tu
 
 
 def test_endpoint_of_another_kind_is_usage() -> None:
-    ended = Command("tcp://127.0.0.1:1")("ls")
+    ended = Command("udp://127.0.0.1:1")("ls")
     assert ended.code == 2
-    assert "tcp://" in ended.errors
+    assert "udp://" in ended.errors
 
 
 def test_directory_that_may_not_be_entered_is_not_allowed(endpoint: Path) -> None:

@@ -97,6 +97,6 @@ def test_service_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.
         async with AsyncLuaHostBridge():
             raise AssertionError("it started")
 
-    with pytest.raises(BridgeNotInitialized, match=r"socket path .* choose a shorter"):
+    with pytest.raises(BridgeNotInitialized, match=r"socket paths .* set XDG_RUNTIME_DIR to a shorter"):
         asyncio.run(main())
     assert list(deep.iterdir()) == []

@@ -402,10 +402,14 @@ def test_as_pid_1_it_serves_and_reaps_strangers(directory: Path) -> None:
         assert serve_healthy(directory)
         (init,) = children_of(serving.process.pid)
         # A process that enters the namespace and whose child is left behind there: it falls to PID 1.
-        enter = ["nsenter", "--target", str(init), "--pid", "--mount", "sh", "-c", "sleep 0.2 & echo $!"]
+        pipe = directory.parent / "pipe"
+        os.mkfifo(pipe)
+        left_behind = f"cat {pipe} >/dev/null 2>&1 & echo $!"
+        enter = ["nsenter", "--target", str(init), "--pid", "--mount", "sh", "-c", left_behind]
         stranger = subprocess.run(enter, capture_output=True, text=True, timeout=LIMIT_S, check=True)
         inner = f"/proc/{init}/root/proc/{int(stranger.stdout)}"
-        assert "sleep" in Path(f"{inner}/comm").read_text()
+        settles(lambda: Path(f"{inner}/comm").read_text().strip(), "cat", "it waits for somebody to write")
+        pipe.open("w").close()
         settles(lambda: os.path.exists(inner), False, "PID 1 has reaped it")
         assert zombies_of([init]) == []
         with closing(Process(init)) as parent:
