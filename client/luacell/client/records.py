@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections import deque
 from typing import Any, Final, NamedTuple
 
@@ -22,6 +23,7 @@ ROOT: Final = "luacell"
 OTHER: Final = "luacell.service"  # the logger of whatever names none
 PIPE_SIZE: Final = 256 * KIB  # bytes that wait to be read; some thousand records
 LINE_MAX: Final = 64 * KIB  # bytes; a longer line is cut into pieces
+READING_MAX_S: Final = 0.1  # a pipe's fill takes a few milliseconds
 LAST_LINES_MAX: Final = 20  # remembered for an error text
 _TEXT_MAX: Final = 4 * KIB  # characters of one line in a record or error text
 _COMMON: Final = ("at", "level", "logger", "event")
@@ -104,6 +106,7 @@ class ServiceLog:
         self._splitter = Splitter()
         self._last: deque[str] = deque(maxlen=LAST_LINES_MAX)
         self._reading = threading.Lock()
+        self._since_s = 0.0  # when the last reading began
 
     def close_writer(self) -> None:
         """Close our copy of the service's end. Idempotent."""
@@ -117,12 +120,16 @@ class ServiceLog:
         Returns:
             Whether more may come.
         """
-        if not self._reading.acquire(blocking=False):  # another thread does, or a handler of the logger asks for us
+        reading = self._reading
+        if not reading.acquire(blocking=False):  # another thread does, or a handler of the logger asks for us
+            if time.monotonic() - self._since_s > READING_MAX_S:  # or an interrupt came before it could be released
+                self._reading = threading.Lock()
             return True
         try:
+            self._since_s = time.monotonic()
             return self.descriptor >= 0 and self._read()
         finally:
-            self._reading.release()
+            reading.release()
 
     def _read(self) -> bool:
         for _ in range(PIPE_SIZE // LINE_MAX):
@@ -152,8 +159,10 @@ class ServiceLog:
     def close(self) -> None:
         """Read what is left and close. Idempotent."""
         self.read()
-        with self._reading:
-            descriptor, self.descriptor = self.descriptor, -1
+        has_ended = self._reading.acquire(timeout=READING_MAX_S)
+        descriptor, self.descriptor = self.descriptor, -1
+        if has_ended:
+            self._reading.release()
         if descriptor >= 0:
             os.close(descriptor)
         self.close_writer()
