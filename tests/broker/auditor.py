@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from luacell.broker import model
 from luacell.broker.books import Pair
 from luacell.broker.causes import SIGALRM, Cause
-from luacell.broker.dispatcher import ATTEMPTS_MAX, KILL_AFTER_NS, Dispatcher
+from luacell.broker.dispatcher import Dispatcher
+from luacell.broker.handover import ATTEMPTS_MAX, KILL_AFTER_NS
 from luacell.broker.model import CallState, Effect, Request, WorkerState
 from luacell.broker.timers import BUCKET_NS
 from luacell.broker.workforce import backoff_ns

@@ -1,7 +1,8 @@
 import pytest
 
 from luacell.broker.causes import UNKNOWN, Cause
-from luacell.broker.dispatcher import KILL_AFTER_NS, SILENCE_MAX_NS
+from luacell.broker.dispatcher import SILENCE_MAX_NS
+from luacell.broker.handover import KILL_AFTER_NS
 from luacell.broker.model import (
     BUSY,
     DOOMED,

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from luacell.broker import answers
-from luacell.broker import dispatcher as dispatcher_module
+from luacell.broker import answers, dispatcher, handover
 from luacell.broker.books import ARENA_BITS
 from luacell.broker.catalogue import Catalogue
 from luacell.broker.causes import Cause
@@ -149,7 +148,7 @@ def the_calls_behind_the_one_that_a_worker_died_of_are_blamed_too(patch: Patch) 
 
 @breakage
 def a_call_that_had_not_begun_is_not_sent_again(patch: Patch) -> None:
-    patch.setattr(dispatcher_module, "ATTEMPTS_MAX", 1)
+    patch.setattr(handover, "ATTEMPTS_MAX", 1)
 
 
 @breakage
@@ -255,7 +254,8 @@ def a_call_that_was_not_begun_is_a_success(patch: Patch) -> None:
 
 @breakage
 def a_refused_call_is_a_success_at_the_deadline(patch: Patch) -> None:
-    patch.setattr(dispatcher_module, "_has_result", lambda call, seen: seen.done == call.sequence)
+    for module in (dispatcher, handover):
+        patch.setattr(module, "has_result", lambda call, seen: seen.done == call.sequence)
 
 
 @breakage
@@ -367,7 +367,8 @@ def the_slots_of_a_silent_worker_are_not_looked_at(patch: Patch) -> None:
 
 @breakage
 def a_worker_is_killed_for_a_call_that_it_has_not_begun(patch: Patch) -> None:
-    patch.setattr(dispatcher_module, "_is_running", lambda call, seen: True)
+    for module in (dispatcher, handover):
+        patch.setattr(module, "is_running", lambda call, seen: True)
 
 
 @breakage

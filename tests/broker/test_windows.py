@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from luacell.broker.dispatcher import KILL_AFTER_NS, SILENCE_MAX_NS
+from luacell.broker.dispatcher import SILENCE_MAX_NS
+from luacell.broker.handover import KILL_AFTER_NS
 from luacell.broker.model import (
     BUSY,
     DOOMED,

@@ -1,0 +1,364 @@
+"""Calls in the hands of workers: handed over, begun, answered for, taken back, and what becomes of them at a death.
+
+This is the half of the dispatcher that its events have in common; it has no events of its own. What a worker holds is
+in the order in which it was handed over: `finished` (marked as done, not answered for), `call`, `ahead`.
+
+    QUEUED ──_hand, _hand_ahead──> HELD ──_settle──> _end
+       ^─────────── _requeue ───────┤
+                                    └──_bury: its worker is dead
+
+Between two messages the slots know more than the broker: `_catch_up` reads how far a worker is, and before a worker is
+killed `_take_back` forbids it what it has not begun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from luacell.broker import answers
+from luacell.broker.books import Books
+from luacell.broker.catalogue import Catalogue
+from luacell.broker.causes import SIGALRM, Cause
+from luacell.broker.model import (
+    BUSY,
+    ENDED,
+    HELD,
+    IDLE,
+    LEAVING,
+    LOADING,
+    QUEUED,
+    Call,
+    Contract,
+    DropPair,
+    Effect,
+    SendCall,
+    SendReleased,
+    SendResult,
+    Session,
+    SlotMemory,
+    Subject,
+    Worker,
+)
+from luacell.broker.registry import Registry
+from luacell.broker.timers import TimerWheel
+from luacell.broker.windows import SLOW_NS
+from luacell.broker.workforce import HOST_LEAVES, Workforce
+from luacell.protocol import headers
+from luacell.protocol.errors import AbiErrorCode, Began
+from luacell.protocol.limits import ERROR_TEXT_MAX, NS_PER_MS, NS_PER_S
+from luacell.protocol.slots import Answer
+
+KILL_AFTER_NS: Final = 100 * NS_PER_MS  # at its caller's deadline a call that ran this long costs its worker
+RETIRED: Final = "its VM must not be used again"
+ATTEMPTS_MAX: Final = 2  # a call that was not begun is handed out once more
+
+
+class Handover:
+    """What the events of the dispatcher have in common; see there for the arguments."""
+
+    def __init__(
+        self,
+        memory: SlotMemory,
+        books: Books,
+        registry: Registry,
+        new_routing_id: Callable[[], bytes],
+        spares: int = 1,
+        workers_max: int | None = None,
+    ) -> None:
+        self._memory = memory
+        self._books = books
+        self._wheel: TimerWheel[Subject] = TimerWheel()
+        self.workforce = Workforce(self._wheel, new_routing_id, spares, workers_max)
+        self.catalogue = Catalogue(registry, self.workforce, self._wheel)
+        self.sessions: dict[bytes, Session] = {}
+        self.answered_count = 0
+        self.is_draining = False
+        self._last_sequence = 0
+        self._serving = self.catalogue.serving
+        self._slots = books.slots
+        self._buckets = self._wheel.buckets
+
+    def _hand(self, worker: Worker, call: Call, now_ns: int, effects: list[Effect]) -> None:
+        """Give a call to a worker that has nothing else to do."""
+        worker.state = BUSY
+        call.contract.called = True
+        self._hold(worker, call)
+        self._take_up(worker, call, now_ns)
+        effects.append(SendCall(worker, call))
+
+    def _hand_ahead(self, worker: Worker, call: Call, now_ns: int, effects: list[Effect]) -> None:
+        """Give a call to a busy worker, to be begun when those before it are done."""
+        self._hold(worker, call)
+        worker.ahead.append(call)
+        if worker.timer is None:
+            worker.timer = self._wheel.set(now_ns + SLOW_NS, worker)
+        effects.append(SendCall(worker, call))
+
+    def _hold(self, worker: Worker, call: Call) -> None:
+        self._last_sequence += 1
+        call.worker = worker
+        call.sequence = self._last_sequence
+        call.state = HELD
+
+    def _take_up(self, worker: Worker, call: Call, now_ns: int) -> None:
+        """The worker is free to begin the call: the limit on its running time counts from now."""
+        worker.call = call
+        call.sent_ns = now_ns
+        kill_ns = now_ns + call.contract.run_limit_ns
+        if call.timer is None:
+            call.timer = self._wheel.set(kill_ns, call)
+        elif kill_ns < call.deadline_ns:
+            self._set_timer(call, kill_ns)
+
+    def _go_on(self, worker: Worker, now_ns: int) -> None:
+        """The call that the worker was running is over: it begins the next one that it holds."""
+        worker.call = None
+        if worker.ahead:
+            self._take_up(worker, worker.ahead.popleft(), now_ns)
+
+    def _employ(self, worker: Worker, now_ns: int, effects: list[Effect]) -> None:
+        """Give a free worker the next call of its contract, or let it rest, or go."""
+        contract = worker.contract
+        assert contract is not None
+        if contract.retired:
+            self._dismiss(worker, "its contract was replaced or unregistered", now_ns, effects)
+            return
+        if worker.state is LEAVING:
+            self._dismiss(worker, HOST_LEAVES, now_ns, effects)
+            return
+        call = contract.queue.pop()
+        if call is not None:
+            self._hand(worker, call, now_ns, effects)
+        else:
+            worker.state = IDLE
+            worker.paced_ns = 0
+            contract.idle.append(worker)
+
+    def _catch_up(self, worker: Worker, now_ns: int, effects: list[Effect]) -> None:
+        """Believe the slots about what a worker has finished and not answered for: it may be in its next call.
+
+        Those who wait for it are answered; their slots stay in quarantine until the worker says so itself.
+        """
+        while worker.call is not None:
+            call = worker.call
+            seen = self._memory.look(call)
+            if seen.done != call.sequence:
+                return
+            if not call.answered and not seen.flags & headers.NOT_BEGUN:
+                call.answered = True
+                effects.append(self._result(call, seen, now_ns, slot_free=False))
+            if call.answered and call.timer is not None:
+                self._wheel.cancel(call.timer, call)
+                call.timer = None
+            worker.finished.append(call)
+            self._go_on(worker, now_ns)
+            if seen.flags & headers.RETIRE:
+                self._dismiss(worker, RETIRED, now_ns, effects)
+                return
+            if worker.call is None:
+                worker.silent_ns = now_ns
+                if worker.timer is None:
+                    worker.timer = self._wheel.set(now_ns + SLOW_NS, worker)
+
+    def _settle(self, call: Call, done: headers.Done | Answer, now_ns: int, effects: list[Effect]) -> None:
+        """Relay a worker's answer, unless the host has been answered, and release the slot."""
+        if call.answered:
+            self._release_answered(call, effects)
+        elif is_passed_by(call, done, now_ns):
+            self._requeue([call], now_ns, effects)
+        elif done.flags & headers.NOT_BEGUN:
+            effects.append(answers.deadline_exceeded(call, "no", now_ns))
+            self._end(call, effects)
+        else:
+            effects.append(self._result(call, done, now_ns, slot_free=True))
+            self._end(call, effects)
+
+    def _bury(self, worker: Worker, cause: Cause, now_ns: int, effects: list[Effect]) -> None:
+        """Decide about the calls that a dead worker held, in order.
+
+        The first that is not done is the one it died of, or would have begun next; those behind it are innocent.
+        """
+        held = worker.held
+        worker.call = None
+        worker.finished.clear()
+        worker.ahead.clear()
+        is_first = True
+        unbegun: list[Call] = []
+        for call in held:
+            seen = self._memory.look(call)
+            if seen.done == call.sequence or call.answered:
+                if is_passed_by(call, seen, now_ns):
+                    unbegun.append(call)
+                else:
+                    self._settle(call, seen, now_ns, effects)
+                continue
+            if is_first:
+                is_first = False
+                if seen.begun == call.sequence or call.attempts + 1 >= ATTEMPTS_MAX:
+                    self._fail_buried(call, cause, worker.verdict, has_begun(call, seen), now_ns, effects)
+                    continue
+                call.attempts += 1
+            unbegun.append(call)
+        self._requeue(unbegun, now_ns, effects)
+
+    def _fail_buried(
+        self, call: Call, cause: Cause, verdict: str, began: Began, now_ns: int, effects: list[Effect]
+    ) -> None:
+        """Answer for a call that its worker has died of."""
+        if cause.signal == SIGALRM:
+            effects.append(answers.stopped_by_timer(call, began, now_ns))
+        else:
+            effects.append(answers.crashed(call, cause, verdict, began, now_ns))
+        self._end(call, effects)
+
+    def _requeue(self, calls: list[Call], now_ns: int, effects: list[Effect]) -> None:
+        """Let other workers have calls that were not begun, ahead of all others: they have waited longest."""
+        contracts: dict[Contract, None] = {}
+        for call in reversed(calls):
+            call.worker = None
+            call.state = QUEUED
+            call.sent_ns = 0
+            call.taken_back = False
+            contract = call.contract
+            if contract.retired:
+                successor = self._contract_for(call.session.id, call.header.contract_id)
+                if successor is None:
+                    self._fail_unregistered(call, effects)
+                    continue
+                contract = call.contract = successor
+            self._set_timer(call, call.deadline_ns)
+            contract.queue.push_front(call.session, call)
+            contracts[contract] = None
+        for contract in contracts:
+            while contract.idle and contract.queue.count:
+                self._employ(contract.idle.pop(), now_ns, effects)
+            self.catalogue.staff(contract, now_ns, effects)
+
+    def _end_run(self, call: Call, now_ns: int, effects: list[Effect]) -> None:
+        """Kill the worker that runs a call nobody waits for, or look again later where it may yet end well.
+
+        A worker that has not begun the call will not, but it must say so by the run limit.
+        """
+        ran_ns = now_ns - call.sent_ns
+        has_run_out = ran_ns >= call.contract.run_limit_ns
+        if has_run_out or (ran_ns >= KILL_AFTER_NS and is_running(call, self._memory.look(call))):
+            self._stop_running(call, f"it ran {call.title} for {ran_ns / NS_PER_S:.3f} s", now_ns, effects)
+        else:
+            call.timer = self._wheel.set(call.sent_ns + call.contract.run_limit_ns, call)
+
+    def _stop_running(self, call: Call, verdict: str, now_ns: int, effects: list[Effect]) -> None:
+        """Kill a worker for the call that it runs, unless that has just ended: then those behind it have their turn.
+
+        They are withdrawn first, so that the worker begins none of them before the signal arrives.
+        """
+        worker = worker_of(call)
+        self._take_back(worker.ahead)
+        self._catch_up(worker, now_ns, effects)
+        if worker.call is call:
+            self._dismiss(worker, verdict, now_ns, effects)
+
+    def _take_back(self, calls: Iterable[Call]) -> None:
+        """Forbid a worker to begin calls that it holds; when it has passed them by, others get them."""
+        for call in calls:
+            if not call.answered:
+                self._memory.withdraw(call)
+                call.taken_back = True
+
+    def _dismiss(self, worker: Worker, verdict: str, now_ns: int, effects: list[Effect]) -> None:
+        """Doom a worker; where it was loading, that has failed, and where calls wait, another is to come."""
+        was_loading, contract = worker.state is LOADING, worker.contract
+        self._take_back(worker.held)
+        self.workforce.doom(worker, verdict, now_ns, effects)
+        if contract is None:
+            return
+        if was_loading:
+            self._load_failed(contract, "load", verdict, now_ns, effects)
+        self.catalogue.staff(contract, now_ns, effects)
+
+    def _load_failed(self, contract: Contract, problem: str, reason: str, now_ns: int, effects: list[Effect]) -> None:
+        for call in self.catalogue.load_failed(contract, problem, reason, now_ns, effects):
+            effects.append(answers.load_failure(call.session.id, call.header, contract, slot="free"))
+            self._end(call, effects)
+
+    def _contract_for(self, session_id: bytes, contract_id: int) -> Contract | None:
+        """Return the contract that is served under an id, unless it is private to another host."""
+        contract = self._serving.get(contract_id)
+        if contract is None or contract.owner not in (None, session_id):
+            return None
+        return contract
+
+    def _give_up(self, call: Call, now_ns: int, effects: list[Effect]) -> Answer:
+        """End the wait for a call that a worker holds: it must not be begun, and what it has done counts.
+
+        Its slot stays in quarantine. Where it has no result, the caller sends a failure.
+
+        Returns:
+            What its slot says.
+        """
+        self._memory.withdraw(call)
+        seen = self._memory.look(call)
+        call.answered = True
+        if has_result(call, seen):
+            effects.append(self._result(call, seen, now_ns, slot_free=False))
+        return seen
+
+    def _result(self, call: Call, done: headers.Done | Answer, now_ns: int, *, slot_free: bool) -> Effect:
+        """Make a worker's answer fit to be relayed: sizes are within what the host asked for."""
+        if done.code == AbiErrorCode.OUT_OF_MEMORY:  # the worker does not know what the broker calls its contract
+            return answers.out_of_memory(call, now_ns, slot="free" if slot_free else "kept")
+        self.answered_count += 1
+        out_size = min(done.out_size, call.header.out_size)
+        return SendResult(call, done.code, out_size, min(done.error_size, ERROR_TEXT_MAX), slot_free)
+
+    def _fail_unregistered(self, call: Call, effects: list[Effect]) -> None:
+        effects.append(answers.unregistered(call))
+        self._end(call, effects)
+
+    def _release_answered(self, call: Call, effects: list[Effect]) -> None:
+        if call.session.id in self.sessions:
+            effects.append(SendReleased(call.session.id, call.header.call_id))
+        self._end(call, effects)
+
+    def _end(self, call: Call, effects: list[Effect]) -> None:
+        call.state = ENDED
+        call.answered = True
+        call.session.calls.pop(call.header.call_id, None)
+        if call.timer is not None:
+            self._wheel.cancel(call.timer, call)
+            call.timer = None
+        if self._books.release_slot(call.book):
+            effects.append(DropPair(call.book.pair))
+
+    def _set_timer(self, call: Call, when_ns: int) -> None:
+        """Move the timer of a call that waits for its answer, and so has one."""
+        assert call.timer is not None
+        self._wheel.cancel(call.timer, call)
+        call.timer = self._wheel.set(when_ns, call)
+
+
+def worker_of(call: Call) -> Worker:
+    """Return the worker that holds a call."""
+    assert call.worker is not None
+    return call.worker
+
+
+def has_begun(call: Call, seen: Answer) -> Began:
+    """Say whether the contract has been entered, as hosts are told."""
+    return "yes" if seen.begun == call.sequence else "no"
+
+
+def has_result(call: Call, seen: Answer) -> bool:
+    """Whether the worker has run the call and written its result."""
+    return seen.done == call.sequence and not seen.flags & headers.NOT_BEGUN
+
+
+def is_passed_by(call: Call, done: headers.Done | Answer, now_ns: int) -> bool:
+    """Whether a worker has not begun a call because it was taken back, so that another may have it."""
+    is_unbegun = bool(done.flags & headers.NOT_BEGUN)
+    return is_unbegun and call.taken_back and not call.answered and now_ns < call.deadline_ns
+
+
+def is_running(call: Call, seen: Answer) -> bool:
+    """Whether the worker has begun the call and not finished it."""
+    return seen.begun == call.sequence and seen.done != call.sequence
