@@ -46,7 +46,8 @@ _TYPE_KEYS: Final = ("name", "fields", *_ANYWHERE)
 _MEMBER_KEYS: Final = ("name", "type", *_ANYWHERE)
 _ENUM_KEYS: Final = ("name", "repr", "bitflag", "variants", *_ANYWHERE)
 _VARIANT_KEYS: Final = ("name", "value", *_ANYWHERE)
-_CONTRACT_KEYS: Final = ("name", "version", "singleton", "functions", *_ANYWHERE)
+_GUEST_KEYS: Final = ("name", "version", "functions", *_ANYWHERE)
+_HOST_KEYS: Final = ("singleton", *_GUEST_KEYS)
 _FUNCTION_KEYS: Final = ("name", "params", "return", *_ANYWHERE)
 _RETURN_KEYS: Final = ("type", *_ANYWHERE)
 
@@ -212,7 +213,7 @@ def _enum(table: Table, types: Names) -> Enum:
 
 
 def _contract(table: Table, types: _Types, ids: Names, *, guest: bool) -> Contract:
-    table.allow(_CONTRACT_KEYS)
+    table.allow(_GUEST_KEYS if guest else _HOST_KEYS)
     name = table.text("name")
     version = _version(table)
     try:

@@ -45,6 +45,7 @@ LUA_KEYWORDS: Final = frozenset(
 PYTHON_KEYWORDS: Final = frozenset(keyword.kwlist)
 
 _IDENTIFIER: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _PLACE: Final = re.compile(r"(.*) \(at line ([0-9]+), column ([0-9]+)\)", re.DOTALL)
 _SHOWN_MAX: Final = 60  # characters of a value in an error text
 _KINDS: Final[dict[type, str]] = {
@@ -201,15 +202,18 @@ class Table:
         `docs` is a text, or a table whose texts follow each other as paragraphs.
 
         Raises:
-            ApiError: either is of another type.
+            ApiError: either is of another type, or the text holds control characters, which a terminal would obey.
         """
         if type(self.values.get("langs", {})) is not dict:
             raise self.mismatch("langs", self.values["langs"], "a table")
         docs = self.values.get("docs", "")
         if type(docs) is dict:
-            return "\n\n".join(text.strip() for text in docs.values() if type(text) is str)
+            docs = "\n\n".join(text.strip() for text in docs.values() if type(text) is str)
         if type(docs) is not str:
             raise self.mismatch("docs", docs, "a text or a table")
+        control = _CONTROL.search(docs)
+        if control:
+            raise self.error("docs", f"docs hold the control character {control[0]!r}")
         return docs.strip()
 
     def mismatch(self, key: str, value: object, wanted: str) -> ApiError:
