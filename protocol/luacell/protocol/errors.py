@@ -15,10 +15,15 @@
     │   │   DuplicateProvider, InvalidPointer, ReentrantCall       polyplug's, from the contract or a handle
     │   ├── HostContractNotFound (also a ContractNotFound), HostContractVersionMismatch
     │   ├── HostContractCallFailed       the contract raised
-    │   │   └── ContractLoadFailed       (also a VmDispatchFailed)
+    │   │   ├── ContractLoadFailed       (also a VmDispatchFailed)
+    │   │   └── BadResult                it returned what is not of its declared type
     │   ├── DeadlineExceeded, WorkerCrashed, OutOfMemory                what befell the contract
     │   ├── Busy, Quarantined, Unavailable, Cancelled                   what befell the service
     │   └── Unauthorized, BadRequest, TooLarge                          what is wrong with the request
+    ├── ApiError                         an api.toml is not right
+    ├── ArgumentError                    a typed call was given a value that its contract does not take
+    │   ├── ArgumentTypeError (also a TypeError), ArgumentValueError (also a ValueError)
+    │   └── ArgumentOverflowError (also an OverflowError)
     └── ProtocolError                    a peer sent something that is not of this protocol
 
 Codes below 256 and the texts of BridgeError are polyplug's, so that code written for its bridge reads the
@@ -119,6 +124,52 @@ def _restored(cls: type[LuacellError], args: tuple[object, ...]) -> LuacellError
 
 class ProtocolError(LuacellError):
     """A message is not of this protocol; the text names the field, its value and the limit."""
+
+
+class ApiError(LuacellError):
+    """An api.toml is not right.
+
+    Attributes:
+        filename: as the reader named it.
+        line: from 1.
+        column: in characters, from 1.
+        reason: names the key or value, what is wrong, and where it helps what was probably meant.
+    """
+
+    def __init__(self, filename: str, line: int, column: int, reason: str) -> None:
+        super().__init__(f"{filename}:{line}:{column}: {reason}")
+        self.filename = filename
+        self.line = line
+        self.column = column
+        self.reason = reason
+
+
+class ArgumentError(LuacellError):
+    """A typed call was given a value that its contract does not take; nothing was sent.
+
+    Attributes:
+        function: contract and function, as in "host.logger@1.log".
+        path: the parameter and the way into it, as in "items[3].x"; "" for the arguments as a whole.
+        reason: the type, the value, and what is taken.
+    """
+
+    def __init__(self, function: str, path: str, reason: str) -> None:
+        super().__init__(f"{function}: {path}: {reason}" if path else f"{function}: {reason}")
+        self.function = function
+        self.path = path
+        self.reason = reason
+
+
+class ArgumentTypeError(ArgumentError, TypeError):
+    """The value is of the wrong kind."""
+
+
+class ArgumentValueError(ArgumentError, ValueError):
+    """The value is of the right kind, but none of those that are taken."""
+
+
+class ArgumentOverflowError(ArgumentError, OverflowError):
+    """The number is out of range."""
 
 
 class BridgeError(LuacellError):
@@ -309,6 +360,10 @@ class ContractLoadFailed(HostContractCallFailed, VmDispatchFailed):
     contract_id = 0
     fn_id = 0
     reason = ""
+
+
+class BadResult(HostContractCallFailed):
+    """The contract returned what is not of its declared type."""
 
 
 class DeadlineExceeded(CallError):

@@ -1,0 +1,90 @@
+"""The Python types of an api.toml: a dataclass for each struct, an IntEnum or IntFlag for each enum.
+
+    u8 … u64, i8 … i64, Ptr   int                 StringView   str
+    f32, f64                  float               Buffer       bytes
+    bool                      bool                Array<T>     list
+
+A Ptr is an address in the process that made it and means nothing in another one. Nothing here moves values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import STRICT, IntEnum, IntFlag
+from typing import Any, Final
+
+from luacell.protocol.api.model import Api, Array, Buffer, Enum, Ptr, ResultType, Scalar, StringView, Struct, Void
+
+COMBINATIONS_MAX: Final = 1024  # combinations of flags that an enum class remembers
+
+_SCALARS: Final = {"int": int, "float": float, "bool": bool}
+
+
+class Flags(IntFlag, boundary=STRICT):
+    """The root of generated flags: a combination of variants, and nothing else.
+
+    Python remembers every combination it meets for ever; what a contract returns must not fill a host's memory.
+    """
+
+    @classmethod
+    def _missing_(cls, value: object) -> Any:
+        member = super()._missing_(value)
+        if len(cls._value2member_map_) > COMBINATIONS_MAX:
+            cls._value2member_map_.pop(value, None)
+        return member
+
+
+class HostTypes:
+    """The Python types of one Api, made once.
+
+    Args:
+        api: its structs and enums.
+
+    Attributes:
+        structs: dataclasses by name, with slots; fields in declaration order.
+        enums: enum classes by name.
+    """
+
+    def __init__(self, api: Api) -> None:
+        self.enums: dict[str, type[IntEnum] | type[IntFlag]] = {enum.name: _enum_class(enum) for enum in api.enums}
+        self.structs: dict[str, type[Any]] = {}
+        self._declared = {struct.name: struct for struct in api.structs}
+        for struct in api.structs:
+            self._struct_class(struct)
+
+    def of(self, type_: ResultType) -> Any:
+        """Return the Python type of a value; None for Void."""
+        if isinstance(type_, Scalar):
+            return _SCALARS[type_.kind]
+        if isinstance(type_, Enum):
+            return self.enums[type_.name]
+        if isinstance(type_, Struct):
+            return self._struct_class(type_)
+        if isinstance(type_, Array):
+            return list[self.of(type_.item)]
+        return {StringView: str, Buffer: bytes, Ptr: int, Void: None}[type(type_)]
+
+    def _struct_class(self, struct: Struct) -> type[Any]:
+        made = self.structs.get(struct.name)
+        if made is None:
+            fields = [(field.name, self.of(field.type)) for field in struct.fields]
+            made = dataclasses.make_dataclass(struct.name, fields, slots=True, namespace={"__doc__": _docs(struct)})
+            made.__module__ = __name__
+            self.structs[struct.name] = made
+        return made
+
+
+def _enum_class(enum: Enum) -> type[IntEnum] | type[IntFlag]:
+    members = [(variant.name, variant.value) for variant in enum.variants]
+    # mypy reads the functional form with literals only.
+    made: Any = (
+        Flags(enum.name, members, module=__name__)  # type: ignore[call-arg, arg-type]
+        if enum.bitflag
+        else IntEnum(enum.name, members, module=__name__)  # type: ignore[misc]
+    )
+    made.__doc__ = _docs(enum)
+    return made  # type: ignore[no-any-return]
+
+
+def _docs(type_: Struct | Enum) -> str:
+    return type_.docs or f"{type_.name}, as its api.toml declares it."
