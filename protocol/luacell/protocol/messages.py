@@ -52,6 +52,7 @@ HOST: Final = "host"
 INLINE: Final = "inline"
 SANDBOX_LEVELS: Final = ("default", "hardened", "untrusted")
 REASON_MAX: Final = 2 * ERROR_TEXT_MAX  # characters: an error text within a sentence of our own
+API_MODULE: Final = ":api.toml"  # among a registration's modules: the description of a typed contract; never required
 POSTURE_MAX: Final = 400  # characters
 ID_MAX: Final = U64_MAX
 

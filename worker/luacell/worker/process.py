@@ -17,14 +17,16 @@ from typing import Any, Final, NoReturn
 import zmq
 
 from luacell.protocol import headers, messages
+from luacell.protocol.api import ApiError, find_contract, parse
 from luacell.protocol.errors import AbiErrorCode, ProtocolError
 from luacell.protocol.headers import Op
 from luacell.protocol.limits import CALLS_PER_MESSAGE_MAX, LOAD_LIMIT_NS, MESSAGE_MAX, NS_PER_S
 from luacell.protocol.memory.channel import ChannelClosed, close_all, receive_message
 from luacell.protocol.memory.segments import Mapping
-from luacell.protocol.messages import decode, encode
+from luacell.protocol.messages import API_MODULE, decode, encode, id_of
 from luacell.protocol.slots import DONE_OFFSET, PAYLOAD_OFFSET, SLOT_SHIFT, read_answer
 from luacell.worker import sandbox
+from luacell.worker.binding import binding_source
 from luacell.worker.vm import OutOfLuaMemory, Vm
 
 STACK_SIZE: Final = 64 << 20  # bytes; recursion through C (gsub callbacks) overruns the usual 8 MiB
@@ -159,7 +161,11 @@ class WorkerProcess:
 
     def _load(self, load: messages.Load) -> None:
         self._vm.arm_for(LOAD_LIMIT_NS // NS_PER_S)
-        problem, reason = self._vm.load(load.source, load.chunk_name, load.modules, load.memory)
+        try:
+            binding = _binding_of(load)
+            problem, reason = self._vm.load(load.source, load.chunk_name, load.modules, load.memory, binding)
+        except ApiError as error:
+            problem, reason = "load", str(error)
         self._socket.send(encode(messages.Loaded(problem=problem, reason=reason[: messages.REASON_MAX])))
         if problem:
             _await_death()
@@ -191,6 +197,19 @@ class WorkerProcess:
         args, out, _ = mappings
         args.close()
         out.close()
+
+
+def _binding_of(load: messages.Load) -> str | None:
+    """Return the binding of a typed contract, or None for a raw one.
+
+    Raises:
+        ApiError: its description is malformed, or does not describe it.
+    """
+    text = load.modules.get(API_MODULE)
+    if text is None:
+        return None
+    contract = find_contract(parse(text.decode("utf-8", "replace"), "api.toml"), id_of(load.contract))
+    return binding_source(contract)
 
 
 def _await_death() -> NoReturn:

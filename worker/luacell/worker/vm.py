@@ -18,7 +18,7 @@ from lupa import luajit21 as lupa  # noqa: E402
 
 _PRELUDE: Final = {
     name: files("luacell.worker").joinpath("lua", name).read_bytes()
-    for name in ("execute.lua", "load.lua", "serve.lua")
+    for name in ("execute.lua", "load.lua", "serve.lua", "typed.lua")
 }
 _ENCODING: Final = "latin-1"  # every byte string survives the way through lupa
 
@@ -54,7 +54,9 @@ class Vm:
         """Return the loop of serve.lua: a table with `serve` and `done_with`; see there for the arguments."""
         return self._chunk("serve.lua", self._runtime, *arguments)
 
-    def load(self, source: bytes, chunk_name: str, modules: Mapping[str, bytes], memory: int) -> tuple[str, str]:
+    def load(
+        self, source: bytes, chunk_name: str, modules: Mapping[str, bytes], memory: int, binding: str | None = None
+    ) -> tuple[str, str]:
         """Load the contract.
 
         Args:
@@ -62,14 +64,17 @@ class Vm:
             chunk_name: in Lua's form.
             modules: by `require` name.
             memory: bytes the Lua heap may use from now on.
+            binding: of a typed contract, as `binding_source` makes it; None for a raw one.
 
         Returns:
             "" when it is ready, else "type" or "load"; and the reason.
         """
         sources = self._lua.table_from({name.encode(): module for name, module in modules.items()})
+        typed = None if binding is None else self._chunk("typed.lua", self._runtime)
         self._lua.set_max_memory(memory)
         try:
-            problem, reason = self._load(source, chunk_name.encode(), sources)
+            bound = () if binding is None else (typed, binding.encode())
+            problem, reason = self._load(source, chunk_name.encode(), sources, *bound)
         except OutOfLuaMemory:
             return "load", f"it used more than its {memory} bytes of memory while loading"
         except LuaFailure as error:

@@ -45,6 +45,9 @@ local CONTRACT_CODE_MIN, CODE_MAX = 1024, 4294967295
 local records, answers
 local pairs_by_key = {}
 local target -- the contract's function
+local is_typed = false -- whether it is a binding, which is told sizes and arena and returns the bytes that it wrote
+local forget_arena -- told when an arena is gone, where the contract is typed
+local pairs_of_arena = {} -- how many are mapped
 local deadline_ns = 0 -- of the running call
 local timer_ns = 0 -- when the timer fires; 0: not set
 local handled -- whether the handler saw the error: LuaJIT does not call it when memory is out
@@ -195,10 +198,19 @@ local function execute(index, place)
   local out
   if band(flags, HAS_OUT) ~= 0 then
     out = out_slot + PAYLOAD
-    if out_size > 0 then fill(out, out_size) end
+    if out_size > 0 and not is_typed then fill(out, out_size) end
   end
   handled, chosen_code = false, nil
-  local fine, result = xpcall(target, handler, record.fn_id, args, out)
+  local fine, result
+  if is_typed then
+    fine, result = xpcall(target, handler, record.fn_id, args, out, args_size, out_size, record.arena)
+    if fine then
+      finish(answer, out_slot, sequence, OK, result, nil, 0)
+      return 0
+    end
+  else
+    fine, result = xpcall(target, handler, record.fn_id, args, out)
+  end
   if fine then
     if result ~= nil and not warned then warn_of_result(result) end
     finish(answer, out_slot, sequence, OK, out_size, nil, 0)
@@ -219,13 +231,22 @@ return {
     answers = cast("luacell_done *", cast("uintptr_t", answers_address))
   end,
   add_pair = function(arena, index, args_address, out_address, count, args_stride, out_stride)
+    pairs_of_arena[arena] = (pairs_of_arena[arena] or 0) + 1
     pairs_by_key[arena * 65536 + index] = {
       args = byte_pointer(args_address), out = byte_pointer(out_address),
       count = count, args_stride = args_stride, out_stride = out_stride,
     }
   end,
-  remove_pair = function(arena, index) pairs_by_key[arena * 65536 + index] = nil end,
+  remove_pair = function(arena, index)
+    pairs_by_key[arena * 65536 + index] = nil
+    local left = (pairs_of_arena[arena] or 1) - 1
+    pairs_of_arena[arena] = left > 0 and left or nil
+    if left == 0 and forget_arena then forget_arena(arena) end
+  end,
   set_target = function(callable) target = callable end,
+  set_typed_target = function(callable, forget)
+    target, is_typed, forget_arena = callable, true, forget
+  end,
   execute = execute,
   clock_ns = clock_ns,
   arm_for = arm_for,
