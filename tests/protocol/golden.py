@@ -101,6 +101,7 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
     },
     Op.UNREGISTER: {"by id": messages.Unregister(request_id=2, contract=_CONTRACT)},
     Op.LIST: {"the second page": messages.List(request_id=3, first=500)},
+    Op.DESCRIBE: {"a contract": messages.Describe(request_id=8, contract=_CONTRACT)},
     Op.HEALTH: {"a question": messages.Health(request_id=4)},
     Op.LEASE: {"16 slots": messages.Lease(request_id=5, contract=_CONTRACT, args_size=24, out_size=8, count=16)},
     Op.CALL_INLINE: {

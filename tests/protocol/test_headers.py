@@ -48,6 +48,7 @@ OPERATIONS = {
     "HEALTH": 10,
     "LEASE": 11,
     "CALL_INLINE": 12,
+    "DESCRIBE": 13,
     "WELCOME": 32,
     "RESULT": 33,
     "FAILURE": 34,

@@ -91,6 +91,7 @@ class Hosts:
             Op.REGISTER: self._on_register,
             Op.UNREGISTER: self._on_unregister,
             Op.LIST: self._on_list,
+            Op.DESCRIBE: self._on_describe,
             Op.HEALTH: self._on_health,
             Op.LEASE: self._on_lease,
             Op.MAPPED: self._on_mapped,
@@ -223,6 +224,21 @@ class Hosts:
         asked = decode(messages.List, message)
         page, total = self._registry.page(asked.first)
         self._outbox.send_reply(SendReply(Request(peer, asked.request_id), body={"contracts": page, "total": total}))
+
+    def _on_describe(self, peer: bytes, count: int, message: bytes) -> None:
+        asked = decode(messages.Describe, message)
+        request = Request(peer, asked.request_id)
+        contract = self._dispatcher.catalogue.serving.get(id_of(asked.contract))
+        if contract is None or contract.record.owner not in (None, peer):
+            self._outbox.send_reply(_not_found(request))
+            return
+        record = contract.record
+        body = {
+            "name": record.name,
+            "version": str(record.version) if record.version else "",
+            "api": record.modules.get(messages.API_MODULE, b""),
+        }
+        self._outbox.send_reply(SendReply(request, body=body))
 
     def _on_health(self, peer: bytes, count: int, message: bytes) -> None:
         asked = decode(messages.Health, message)

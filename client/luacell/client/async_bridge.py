@@ -28,6 +28,7 @@ from luacell.client.requests import (
     Listing,
     Request,
     checked_function,
+    description,
     health,
     random_id,
     registration,
@@ -35,6 +36,7 @@ from luacell.client.requests import (
 )
 from luacell.client.scratch import ATTEMPTS, AsyncScratchVm, implementation
 from luacell.client.threads import done_in_thread, made_in_thread, uncancelled
+from luacell.client.typed import TypedContracts, choose, make_async_proxy
 from luacell.protocol import messages
 from luacell.protocol.errors import (
     AbiError,
@@ -66,6 +68,7 @@ class AsyncLuaHostBridge(Bridge):
         self._link: AsyncLink | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._names = Names()
+        self._typed = TypedContracts()
         self._scratch: AsyncScratchVm | None = None
         self._opening = asyncio.Lock()
         self._closing: asyncio.Task[None] | None = None
@@ -217,6 +220,24 @@ class AsyncLuaHostBridge(Bridge):
         for ref in refs:
             with contextlib.suppress(BridgeError, CallError):
                 await self.unregister_host_contract(ref.id)
+
+    async def contract(self, name: str, min_version: str | None = None) -> Any:
+        """Return a proxy of a typed contract, whose methods are awaited; as `LuaHostBridge.contract`.
+
+        Raises:
+            HostContractNotFound: nothing of that name is registered.
+            HostContractVersionMismatch: what is registered is of another major version, or older.
+            TypeMismatch: it is a raw contract.
+            ValueError: a version is malformed.
+        """
+        info = choose(name, min_version, await self.contracts())
+        body = (await self._request(description(info.id), info.id)).body
+        return make_async_proxy(self._typed.of(info.id, body), self._call_typed)
+
+    async def _call_typed(
+        self, contract_id: int, fn_id: int, args: bytes, out_size: int, timeout: float | None
+    ) -> bytes:
+        return await self.call(contract_id, fn_id, args, out_size, timeout=timeout)
 
     # -- calls ----------------------------------------------------------------------------------------------------
     async def call_host_contract(

@@ -28,12 +28,14 @@ from luacell.client.requests import (
     Listing,
     Request,
     checked_function,
+    description,
     health,
     random_id,
     registration,
     unregistration,
 )
 from luacell.client.scratch import ATTEMPTS, ScratchVm, implementation
+from luacell.client.typed import TypedContracts, choose, make_proxy
 from luacell.protocol import messages
 from luacell.protocol.errors import (
     AbiError,
@@ -104,6 +106,7 @@ class LuaHostBridge(Bridge):
         self._link = Link(place)
         self._names = Names()
         self._ids = self._names.ids
+        self._typed = TypedContracts()
         self._scratch_lock = threading.Lock()
         self._scratch: ScratchVm | None = None
         self._finalizer: weakref.finalize[..., object] = weakref.finalize(self, _clean_up, self._link, os.getpid())
@@ -192,6 +195,31 @@ class LuaHostBridge(Bridge):
                     self.unregister_host_contract(ref.id)
             raise
         return [str(ref) for ref in done]
+
+    def contract(self, name: str, min_version: str | None = None) -> Any:
+        """Return a proxy of a typed contract: an object whose methods are the contract's functions.
+
+        Args:
+            name: `host.svc`, or with a version `host.svc@1`.
+            min_version: the least version that will do, such as "1.3"; None for any.
+
+        Returns:
+            The proxy. It has an instance of its own, made when it is first called, unless the contract is a singleton.
+            `with_options(timeout=…)` gives one of the same instance whose calls have a timeout.
+
+        Raises:
+            HostContractNotFound: nothing of that name is registered.
+            HostContractVersionMismatch: what is registered is of another major version, or older.
+            TypeMismatch: it is a raw contract.
+            ValueError: a version is malformed.
+        """
+        self._check()
+        info = choose(name, min_version, self.contracts())
+        body = self._request(description(info.id), info.id).body
+        return make_proxy(self._typed.of(info.id, body), self._call_typed)
+
+    def _call_typed(self, contract_id: int, fn_id: int, args: bytes, out_size: int, timeout: float | None) -> bytes:
+        return self.call(contract_id, fn_id, args, out_size, timeout=timeout)
 
     # -- calls ----------------------------------------------------------------------------------------------------
     def call_host_contract(

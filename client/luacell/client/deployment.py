@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from luacell.client.function import LuaFunction
+from luacell.protocol.api import Api, ApiError, contracts_named, parse
 from luacell.protocol.errors import LuacellError
 from luacell.protocol.identity import ContractRef
 from luacell.protocol.limits import (
@@ -27,12 +28,12 @@ from luacell.protocol.limits import (
     SOURCE_MAX,
     WORKERS_PER_CONTRACT_MAX,
 )
-from luacell.protocol.messages import SANDBOX_LEVELS, Settings
+from luacell.protocol.messages import API_MODULE, SANDBOX_LEVELS, Settings
 
 MANIFEST: Final = "luacell.toml"
 MODULES_MAX: Final = 1000
 
-_TOP_KEYS: Final = ("contract",)
+_TOP_KEYS: Final = ("api", "contract")
 _CONTRACT_KEYS: Final = (
     "source",
     "workers",
@@ -92,8 +93,11 @@ class Deployment:
         contracts = tables.get("contract")
         if not isinstance(contracts, dict) or not contracts:
             raise DeploymentError(f'{manifest}: names no contract; add a table [contract."host.name@1"]')
-        units = tuple(_read_unit(directory, manifest, name, table) for name, table in contracts.items())
+        api_text, api = _read_api(directory, manifest, tables)
+        units = tuple(_read_unit(directory, manifest, name, table, api) for name, table in contracts.items())
         modules = _read_modules(directory)
+        if api_text:
+            modules[API_MODULE] = api_text
         for unit in units:
             _check_total(directory, unit, modules)
         return cls(units, modules)
@@ -146,14 +150,49 @@ class _Table:
         return value
 
 
-def _read_unit(directory: Path, manifest: Path, name: str, values: object) -> Unit:
+def _read_api(directory: Path, manifest: Path, tables: dict[str, Any]) -> tuple[bytes, Api | None]:
+    """Read the description that a manifest names, where it names one."""
+    if "api" not in tables:
+        return b"", None
+    relative = tables["api"]
+    if not isinstance(relative, str) or not (directory / relative).resolve().is_relative_to(directory.resolve()):
+        raise DeploymentError(f"{manifest}: api = {relative!r} is not a file in {directory}")
+    path = directory / relative
+    if path.exists() and not path.is_file():
+        raise DeploymentError(f"{manifest}: api = {relative!r} is not a regular file")
+    try:
+        raw = path.read_bytes()
+        return raw, parse(raw.decode("utf-8"), str(path))
+    except OSError as error:
+        raise DeploymentError(f"{manifest}: api = {relative!r} is not a readable file ({error.strerror})") from None
+    except (ApiError, UnicodeDecodeError) as error:
+        raise DeploymentError(f"{path}: {error}" if isinstance(error, UnicodeDecodeError) else str(error)) from None
+
+
+def _read_ref(manifest: Path, name: str, api: Api | None) -> ContractRef:
+    """Read the name of a contract's table; the description says its version, and the major where there is but one."""
+    where = f'{manifest}: [contract."{name}"]'
+    if api is None:
+        try:
+            return ContractRef.of(name)
+        except ValueError as error:
+            raise DeploymentError(f"{where}: {error}") from None
+    plain, at, given = name.partition("@")
+    found = [
+        each for each in contracts_named(api, plain) if not at or str(each.version.major) == given.partition(".")[0]
+    ]
+    if len(found) == 1:
+        return ContractRef(int(found[0].id), plain, found[0].version)
+    declared = ", ".join(map(str, api.host_contracts)) or "none"
+    problem = "names several versions; write its major" if found else "is not declared in the api"
+    raise DeploymentError(f"{where}: {problem}; declared: {declared}")
+
+
+def _read_unit(directory: Path, manifest: Path, name: str, values: object, api: Api | None) -> Unit:
     if not isinstance(values, dict):
         raise DeploymentError(f"{manifest}: contract.{name} is not a table")
     _refuse_unknown(manifest, f'contract."{name}"', values, _CONTRACT_KEYS)
-    try:
-        ref = ContractRef.of(name)
-    except ValueError as error:
-        raise DeploymentError(f'{manifest}: [contract."{name}"]: {error}') from None
+    ref = _read_ref(manifest, name, api)
     table = _Table(manifest, name, values)
     deadline_us = table.duration_us("deadline", DEADLINE_DEFAULT_US)
     sandbox = table.text("sandbox", "default")

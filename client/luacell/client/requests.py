@@ -64,6 +64,11 @@ def unregistration(contract_id: int) -> Request:
     return lambda number: messages.Unregister(request_id=number, contract=id_bytes(contract_id))
 
 
+def description(contract_id: int) -> Request:
+    """Return the request for a contract's name, version and api.toml."""
+    return lambda number: messages.Describe(request_id=number, contract=id_bytes(contract_id))
+
+
 def health(number: int) -> Message:
     """Ask how the service is."""
     return messages.Health(request_id=number)

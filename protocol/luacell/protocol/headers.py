@@ -39,6 +39,7 @@ class Op(IntEnum):
     HEALTH = 10
     LEASE = 11
     CALL_INLINE = 12
+    DESCRIBE = 13
     # broker to host
     WELCOME = 32
     RESULT = 33

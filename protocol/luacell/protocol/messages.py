@@ -175,6 +175,15 @@ class List:
 
 
 @dataclass(frozen=True, slots=True)
+class Describe:
+    """A host asks for the description of a contract: its name, version and api.toml."""
+
+    OP: ClassVar[Op] = Op.DESCRIBE
+    request_id: int = integer(1, U64_MAX)
+    contract: bytes = contract_id()
+
+
+@dataclass(frozen=True, slots=True)
 class Health:
     """A host asks how the service is."""
 

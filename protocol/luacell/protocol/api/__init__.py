@@ -6,6 +6,7 @@ It reads no files and moves no values: packers are the affair of whoever has val
 """
 
 from luacell.protocol.api.layout import FunctionLayout, Layout, Leaf, layout_of
+from luacell.protocol.api.lookup import contracts_named, find_contract
 from luacell.protocol.api.model import (
     Api,
     Array,
@@ -23,9 +24,11 @@ from luacell.protocol.api.model import (
     Void,
 )
 from luacell.protocol.api.parse import parse
+from luacell.protocol.errors import ApiError
 
 __all__ = [
     "Api",
+    "ApiError",
     "Array",
     "Buffer",
     "Contract",
@@ -42,6 +45,8 @@ __all__ = [
     "Struct",
     "Variant",
     "Void",
+    "contracts_named",
+    "find_contract",
     "layout_of",
     "parse",
 ]

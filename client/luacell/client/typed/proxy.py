@@ -1,0 +1,212 @@
+"""Proxies of typed contracts: objects whose methods are the contract's functions.
+
+A proxy packs arguments, has its bridge make the call, and unpacks the result. It has an instance of its own in the
+contract's worker, made when it is first called, unless the contract is a singleton; the instance goes with the proxy.
+
+    args     16 bytes that name the instance, then the arguments as they lie in memory
+    result   at most as large as the room it is given; a larger one is kept by the worker and fetched
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import secrets
+import struct
+import weakref
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from luacell.client.typed.description import Shared
+from luacell.client.typed.marshaller import Marshaller
+from luacell.protocol.errors import BufferTooSmall, CallError
+from luacell.protocol.limits import PAYLOAD_MAX
+
+IN_INSTANCE: Final = 0x8000_0000
+FETCH, CREATE, DESTROY = 0xFFFF_FFFF, 0xFFFF_FFFE, 0xFFFF_FFFD
+_HEAD: Final = struct.Struct("<QQ")
+_TOKEN: Final = struct.Struct("<Q")
+_KEPT: Final = re.compile(r"result of ([0-9]{1,12}) bytes is kept as ([0-9]{1,19})")
+
+Call = Callable[[int, int, bytes, int, float | None], bytes]  # contract id, function id, args, out size, timeout
+AsyncCall = Callable[[int, int, bytes, int, float | None], Awaitable[bytes]]
+
+
+class Instance:
+    """A proxy's instance in the contract's worker; 0 while it has none, and for singletons."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.number = 0
+        self._shared = shared
+
+    def begin(self) -> bytes:
+        """Choose a number; return the arguments of its creation."""
+        self.number = secrets.randbits(63) | 1
+        return _HEAD.pack(self.number, 0)
+
+    def drop(self) -> None:
+        """Have it destroyed with the next call of the contract."""
+        if self.number:
+            self._shared.dropped.append(self.number)
+            self.number = 0
+
+
+class Steps:
+    """The calls that one typed call takes, for a bridge of either kind."""
+
+    def __init__(self, shared: Shared, instance: Instance) -> None:
+        self._shared = shared
+        self._instance = instance
+
+    def run(self, name: str, marshaller: Marshaller, payload: bytes) -> Any:
+        """Yield (function id, args, out size), and be sent the bytes that came; `StopIteration` carries the value."""
+        shared, instance = self._shared, self._instance
+        fn_id, head = marshaller.fn_id, b""
+        if not shared.description.contract.singleton:
+            while shared.dropped:
+                yield DESTROY, _HEAD.pack(shared.dropped.popleft(), 0), 0
+            if not instance.number:
+                try:
+                    yield CREATE, instance.begin(), 0
+                except CallError:
+                    instance.number = 0
+                    raise
+            fn_id, head = fn_id | IN_INSTANCE, _HEAD.pack(instance.number, 0)
+        try:
+            result = yield fn_id, head + payload, shared.room(marshaller, name)
+        except BufferTooSmall as error:
+            match = _KEPT.fullmatch(error.message)
+            if match is None or int(match[1]) > PAYLOAD_MAX:
+                raise
+            shared.learn(marshaller, name, int(match[1]))
+            result = yield FETCH, _TOKEN.pack(int(match[2])), int(match[1])
+        return marshaller.unpack(result)
+
+
+def _drive(steps: Any, call: Callable[[int, bytes, int], bytes]) -> Any:
+    """Make the calls of a typed call, one after another."""
+    try:
+        request = next(steps)
+        while True:
+            try:
+                result = call(*request)
+            except CallError as error:
+                request = steps.throw(error)
+            else:
+                request = steps.send(result)
+    except StopIteration as done:
+        return done.value
+
+
+async def _drive_async(steps: Any, call: Callable[[int, bytes, int], Awaitable[bytes]]) -> Any:
+    try:
+        request = next(steps)
+        while True:
+            try:
+                result = await call(*request)
+            except CallError as error:
+                request = steps.throw(error)
+            else:
+                request = steps.send(result)
+    except StopIteration as done:
+        return done.value
+
+
+def make_proxy(shared: Shared, call: Call) -> Any:
+    """Return a proxy whose methods wait for their results."""
+    return _proxy_class(shared, is_async=False)(shared, call)
+
+
+def make_async_proxy(shared: Shared, call: AsyncCall) -> Any:
+    """Return a proxy whose methods are awaited."""
+    return _proxy_class(shared, is_async=True)(shared, call)
+
+
+class _Proxy:
+    """What all proxies have; their classes add a method for each function."""
+
+    def __init__(
+        self, shared: Shared, call: Any, timeout: float | None = None, instance: Instance | None = None
+    ) -> None:
+        self._shared = shared
+        self._call = call
+        self._timeout = timeout
+        self._instance = Instance(shared) if instance is None else instance
+        self._keeps: Any = None  # the proxy that this one was made from: its instance must live as long
+        if instance is None:
+            weakref.finalize(self, self._instance.drop).atexit = False
+
+    def with_options(self, *, timeout: float | None = None) -> Any:
+        """Return a proxy of the same instance whose calls have a timeout, in seconds."""
+        other = type(self)(self._shared, self._call, timeout, self._instance)
+        other._keeps = self
+        return other
+
+    def __dir__(self) -> list[str]:
+        return sorted(self._shared.description.functions)
+
+    def __repr__(self) -> str:
+        contract = self._shared.description.contract
+        return f"<{contract.name}@{contract.version}>"
+
+
+def _proxy_class(shared: Shared, *, is_async: bool) -> type[Any]:
+    description = shared.description
+    methods = {
+        name: (_async_method if is_async else _method)(name, marshaller)
+        for name, marshaller in description.functions.items()
+    }
+    for function in description.contract.functions:
+        method = methods[function.name]
+        method.__name__ = function.name
+        method.__doc__ = function.docs or None
+        parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
+        parameters += [
+            inspect.Parameter(
+                each.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=description.types.of(each.type)
+            )
+            for each in function.params
+        ]
+        result = description.types.of(function.result)
+        method.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
+    name = description.contract.name.rpartition(".")[2]
+    return type(f"{name}_proxy", (_Proxy,), {**methods, "__doc__": description.contract.docs or None})
+
+
+def _arguments(signature: list[str], given: tuple[Any, ...], named: dict[str, Any], title: str) -> tuple[Any, ...]:
+    if not named:
+        return given
+    rest = signature[len(given) :]
+    for name in named:
+        if name not in rest:
+            raise TypeError(f"{title}() got an unexpected argument {name!r}, or got it twice")
+    missing = [name for name in rest if name not in named]
+    if missing:
+        raise TypeError(f"{title}() lacks {', '.join(missing)}")
+    return (*given, *(named[name] for name in rest))
+
+
+def _method(name: str, marshaller: Marshaller) -> Callable[..., Any]:
+    def method(self: _Proxy, /, *given: Any, **named: Any) -> Any:
+        shared = self._shared
+        names = [each.name for each in shared.description.contract.functions[marshaller.fn_id].params] if named else []
+        payload = marshaller.pack(_arguments(names, given, named, marshaller.title))
+        contract_id, call, timeout = shared.description.contract_id, self._call, self._timeout
+        steps = Steps(shared, self._instance).run(name, marshaller, payload)
+        return _drive(steps, lambda fn_id, args, out_size: call(contract_id, fn_id, args, out_size, timeout))
+
+    return method
+
+
+def _async_method(name: str, marshaller: Marshaller) -> Callable[..., Any]:
+    async def method(self: _Proxy, /, *given: Any, **named: Any) -> Any:
+        shared = self._shared
+        names = [each.name for each in shared.description.contract.functions[marshaller.fn_id].params] if named else []
+        payload = marshaller.pack(_arguments(names, given, named, marshaller.title))
+        contract_id, call, timeout = shared.description.contract_id, self._call, self._timeout
+        steps = Steps(shared, self._instance).run(name, marshaller, payload)
+        return await _drive_async(
+            steps, lambda fn_id, args, out_size: call(contract_id, fn_id, args, out_size, timeout)
+        )
+
+    return method
