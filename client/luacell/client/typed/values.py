@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from enum import STRICT, IntEnum, IntFlag
 from types import GenericAlias
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from luacell.protocol.api.model import Api, Array, Buffer, Enum, Ptr, ResultType, Scalar, StringView, Struct, Void
 
@@ -84,7 +84,7 @@ def _enum_class(enum: Enum) -> type[IntEnum] | type[IntFlag]:
         else IntEnum(enum.name, members, module=__name__)  # type: ignore[misc]
     )
     made.__doc__ = _docs(enum)
-    return made
+    return cast(type[IntEnum] | type[IntFlag], made)
 
 
 def _docs(type_: Struct | Enum) -> str:
