@@ -81,7 +81,7 @@ def _enum_class(enum: Enum) -> type[IntEnum] | type[IntFlag]:
     made: Any = (
         Flags(enum.name, members, module=__name__)  # type: ignore[call-arg, arg-type]
         if enum.bitflag
-        else IntEnum(enum.name, members, module=__name__)  # type: ignore[misc]
+        else IntEnum(enum.name, members, module=__name__)
     )
     made.__doc__ = _docs(enum)
     return cast(type[IntEnum] | type[IntFlag], made)
