@@ -98,7 +98,7 @@ class ArgumentCheck:
         if isinstance(value, self._types.structs[type_.name]):
             values = {name: getattr(value, name) for name in names if hasattr(value, name)}
         elif isinstance(value, dict):
-            values = value
+            values = dict(value)
         else:
             return self._not(path, type_, value, f"a {type_.name} or a dict of its fields")
         missing = [name for name in names if name not in values]

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 from enum import STRICT, IntEnum, IntFlag
-from typing import Any, Final
+from types import GenericAlias
+from typing import Any, Final, cast
 
 from luacell.protocol.api.model import Api, Array, Buffer, Enum, Ptr, ResultType, Scalar, StringView, Struct, Void
 
@@ -61,7 +62,7 @@ class HostTypes:
         if isinstance(type_, Struct):
             return self._struct_class(type_)
         if isinstance(type_, Array):
-            return list[self.of(type_.item)]
+            return GenericAlias(list, (self.of(type_.item),))
         return {StringView: str, Buffer: bytes, Ptr: int, Void: None}[type(type_)]
 
     def _struct_class(self, struct: Struct) -> type[Any]:
@@ -80,10 +81,10 @@ def _enum_class(enum: Enum) -> type[IntEnum] | type[IntFlag]:
     made: Any = (
         Flags(enum.name, members, module=__name__)  # type: ignore[call-arg, arg-type]
         if enum.bitflag
-        else IntEnum(enum.name, members, module=__name__)  # type: ignore[misc]
+        else IntEnum(enum.name, members, module=__name__)
     )
     made.__doc__ = _docs(enum)
-    return made  # type: ignore[no-any-return]
+    return cast(type[IntEnum] | type[IntFlag], made)
 
 
 def _docs(type_: Struct | Enum) -> str:

@@ -16,32 +16,10 @@ from luacell.protocol.api.model import API_SIZE_MAX, IDENTIFIER_MAX
 from luacell.protocol.api.positions import Path, Position, Positions
 from luacell.protocol.errors import ApiError
 
-LUA_KEYWORDS: Final = frozenset(
-    [
-        "and",
-        "break",
-        "do",
-        "else",
-        "elseif",
-        "end",
-        "false",
-        "for",
-        "function",
-        "goto",
-        "if",
-        "in",
-        "local",
-        "nil",
-        "not",
-        "or",
-        "repeat",
-        "return",
-        "then",
-        "true",
-        "until",
-        "while",
-    ]
+_LUA_WORDS: Final = (
+    "and break do else elseif end false for function goto if in local nil not or repeat return then true until while"
 )
+LUA_KEYWORDS: Final = frozenset(_LUA_WORDS.split())
 PYTHON_KEYWORDS: Final = frozenset(keyword.kwlist)
 
 _IDENTIFIER: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
