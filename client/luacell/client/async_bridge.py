@@ -18,11 +18,13 @@ from typing import Any, Self
 from luacell.client.arguments import Arguments, Contract, Names, checked_capacity, without_emptiness
 from luacell.client.async_link import AsyncLink
 from luacell.client.deployment import Deployment
+from luacell.client.description import TypedContracts, choose
 from luacell.client.embedded import EmbeddedService
 from luacell.client.endpoint import run_directory_of
 from luacell.client.function import LuaFunction
 from luacell.client.lifecycle import Bridge
 from luacell.client.link import Budget, Place, may_look_again
+from luacell.client.proxy import make_async_proxy
 from luacell.client.replies import Buffer, ContractInfo, as_error, raise_for_reply
 from luacell.client.requests import (
     Listing,
@@ -36,7 +38,6 @@ from luacell.client.requests import (
 )
 from luacell.client.scratch import ATTEMPTS, AsyncScratchVm, implementation
 from luacell.client.threads import done_in_thread, made_in_thread, uncancelled
-from luacell.client.typed import TypedContracts, choose, make_async_proxy
 from luacell.protocol import messages
 from luacell.protocol.errors import (
     AbiError,

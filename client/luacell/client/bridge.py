@@ -17,12 +17,14 @@ from typing import Any, Self
 from luacell.client.arguments import Arguments, Contract, Names, checked_capacity, without_emptiness
 from luacell.client.calls import Calls
 from luacell.client.deployment import Deployment
+from luacell.client.description import TypedContracts, choose
 from luacell.client.embedded import EmbeddedService
 from luacell.client.function import LuaFunction
 from luacell.client.inline import InlineCalls
 from luacell.client.interrupts import uninterrupted
 from luacell.client.lifecycle import Bridge
 from luacell.client.link import Budget, Link, Place, may_look_again, place_of
+from luacell.client.proxy import make_proxy
 from luacell.client.replies import Buffer, ContractInfo, as_error, raise_for_reply
 from luacell.client.requests import (
     Listing,
@@ -35,7 +37,6 @@ from luacell.client.requests import (
     unregistration,
 )
 from luacell.client.scratch import ATTEMPTS, ScratchVm, implementation
-from luacell.client.typed import TypedContracts, choose, make_proxy
 from luacell.protocol import messages
 from luacell.protocol.errors import (
     AbiError,

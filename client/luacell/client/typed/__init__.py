@@ -4,19 +4,7 @@ Api ── HostTypes ──> dataclasses, enums
 ── compile_contract ──> a Marshaller for each function: pack(args) -> payload, unpack(payload) -> value
 """
 
-from luacell.client.typed.description import Description, TypedContracts, choose
 from luacell.client.typed.marshaller import Marshaller, compile_contract, compile_function
-from luacell.client.typed.proxy import make_async_proxy, make_proxy
 from luacell.client.typed.values import HostTypes
 
-__all__ = [
-    "Description",
-    "HostTypes",
-    "Marshaller",
-    "TypedContracts",
-    "choose",
-    "compile_contract",
-    "compile_function",
-    "make_async_proxy",
-    "make_proxy",
-]
+__all__ = ["HostTypes", "Marshaller", "compile_contract", "compile_function"]

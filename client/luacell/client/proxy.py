@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from luacell.client.typed.description import Shared
+from luacell.client.description import Shared
 from luacell.client.typed.marshaller import Marshaller
 from luacell.protocol.errors import BufferTooSmall, CallError
 from luacell.protocol.limits import PAYLOAD_MAX
