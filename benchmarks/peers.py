@@ -1,7 +1,7 @@
-"""The floors that luacell is compared with: in-process Lua, a pipe ping-pong, a bare ZeroMQ relay.
+"""The floors that luacell is compared with: in-process Lua, a pipe ping-pong, a bare ZeroMQ relay, plain copies.
 
-Each peer is a context manager that yields a function for one round trip. Their processes inherit the CPU placement of
-the benchmark, and end with it.
+Each peer is a context manager that yields a function for one round trip, or an object that has one. Their processes
+inherit the CPU placement of the benchmark, and end with it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 
 import zmq
@@ -75,8 +77,49 @@ def pipe_ping_pong(payload: bytes) -> Iterator[RoundTrip]:
         os.waitpid(pid, 0)
 
 
+def plain_copies(size: int, count: int) -> RoundTrip:
+    """`count` memcpys of `size` bytes, each from where the last one has put them."""
+    import ctypes
+
+    buffers = [ctypes.create_string_buffer(size) for _ in range(count + 1)]
+    for buffer in buffers:
+        ctypes.memset(buffer, 1, size)
+    steps = list(pairwise(buffers))
+    copy = ctypes.memmove
+
+    def round_trip() -> None:
+        for source, target in steps:
+            copy(target, source, size)
+
+    return round_trip
+
+
+class Relay:
+    """The host's end of a bare relay."""
+
+    def __init__(self, host: zmq.Socket[bytes]) -> None:
+        self._host = host
+
+    def round_trip(self) -> bytes:
+        self._host.send(MESSAGE)
+        return self._host.recv()
+
+    def run(self, calls: int, in_flight: int) -> float:
+        """Send `calls` messages, `in_flight` ahead of their answers; return how many came back per second."""
+        send, receive = self._host.send, self._host.recv
+        start_s = time.perf_counter()
+        for _ in range(in_flight):
+            send(MESSAGE)
+        for _ in range(calls - in_flight):
+            receive()
+            send(MESSAGE)
+        for _ in range(in_flight):
+            receive()
+        return calls / (time.perf_counter() - start_s)
+
+
 @contextmanager
-def bare_relay() -> Iterator[RoundTrip]:
+def bare_relay() -> Iterator[Relay]:
     """A ROUTER between two DEALERs, each in a process: the broker's sockets and frames without its work."""
     with tempfile.TemporaryDirectory() as directory:
         path = str(Path(directory) / "relay.sock")
@@ -88,13 +131,8 @@ def bare_relay() -> Iterator[RoundTrip]:
         host.setsockopt(zmq.ROUTING_ID, b"h" * 16)
         host.setsockopt(zmq.LINGER, 0)
         host.connect(f"ipc://{path}")
-
-        def round_trip() -> bytes:
-            host.send(MESSAGE)
-            return host.recv()
-
         try:
-            yield round_trip
+            yield Relay(host)
         finally:
             host.close()
             context.term()
