@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.cpu import print_cpu
 from benchmarks.figures import GROUPS, Scale, quick
 from benchmarks.profile import profile_broker
 from benchmarks.report import as_json, headline, surroundings, table
@@ -44,6 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(as_json(facts, figures, scale.left_out), indent=2) + "\n")
     if options.profile:
+        print_cpu(scale.rate_calls)
         profile_broker(scale.rate_calls)
     return 0
 

@@ -22,7 +22,8 @@ from luacell.client import AsyncLuaHostBridge, LuaHostBridge
 SMALL = 64
 KIB = 1024
 IN_FLIGHT = (1, 8, 32, 128)
-SIZES = (SMALL, 4 * KIB, 64 * KIB, MIB, 16 * MIB, 64 * MIB)
+LARGE = 16 * MIB
+SIZES = (SMALL, 4 * KIB, 64 * KIB, MIB, LARGE, 64 * MIB)
 BYTES_PER_BATCH = 256 * MIB  # of calls with large payloads
 TASKS = 50
 THREADS = 16
@@ -170,15 +171,24 @@ def argument(scale: Scale) -> list[Figure]:
 
 
 def sizes(scale: Scale) -> list[Figure]:
-    """Echoes of each size into a buffer of the caller's, beside the three copies that this takes at least."""
+    """Echoes of each size into a buffer of the caller's, beside the three copies that this takes at least.
+
+    Below LARGE the small call is part of what it takes at least.
+    """
     figures = []
     with served() as (bridge, _):
+        small = latency(_echo(bridge), scale.calls_of(SMALL))
         for size in SIZES:
-            ways = {"echo": _echo(bridge, size), "copies": plain_copies(size, 3)}
-            taken = interleave({name: latency(way, scale.calls_of(size)) for name, way in ways.items()}, scale.batches)
-            target = LARGE_ECHO if size == 16 * MIB else None
-            name = f"echo of {size_text(size)}"
-            figures.append(compare("sizes", name, "us", taken["echo"], "3 memcpys", taken["copies"], target, size))
+            calls = scale.calls_of(size)
+            ways = {"echo": latency(_echo(bridge, size), calls), "copies": latency(plain_copies(size, 3), calls)}
+            taken = interleave(ways if size >= LARGE else {**ways, "small": small}, scale.batches)
+            beside, other = "3 memcpys", taken["copies"]
+            if size < LARGE:
+                beside, other = "64 B call + 3 memcpys", plus(taken["small"], taken["copies"])
+            target = LARGE_ECHO if size == LARGE else None
+            figures.append(
+                compare("sizes", f"echo of {size_text(size)}", "us", taken["echo"], beside, other, target, size)
+            )
     return figures
 
 

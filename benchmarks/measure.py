@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 NS_PER_US = 1000
+GB_PER_S_FROM = 4096  # bytes; for less it tells nothing
 Batch = Callable[[], list[float]]
 
 
@@ -125,7 +126,7 @@ def compare(
     size: int = 0,
 ) -> Figure:
     """Set one series beside another; `size` in bytes gives GB/s."""
-    gb_per_s = size / taken.median / NS_PER_US if size else 0.0
+    gb_per_s = size / taken.median / NS_PER_US if size >= GB_PER_S_FROM else 0.0
     return Figure(
         group, name, unit, taken.median, taken.p99, taken.batches,
         beside, other.median, other.batches, target, gb_per_s,

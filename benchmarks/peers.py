@@ -95,10 +95,15 @@ def plain_copies(size: int, count: int) -> RoundTrip:
 
 
 class Relay:
-    """The host's end of a bare relay."""
+    """The host's end of a bare relay.
 
-    def __init__(self, host: zmq.Socket[bytes]) -> None:
+    Attributes:
+        pids: of the other two processes.
+    """
+
+    def __init__(self, host: zmq.Socket[bytes], pids: dict[str, int]) -> None:
         self._host = host
+        self.pids = pids
 
     def round_trip(self) -> bytes:
         self._host.send(MESSAGE)
@@ -123,20 +128,21 @@ def bare_relay() -> Iterator[Relay]:
     """A ROUTER between two DEALERs, each in a process: the broker's sockets and frames without its work."""
     with tempfile.TemporaryDirectory() as directory:
         path = str(Path(directory) / "relay.sock")
-        processes = [
-            subprocess.Popen([sys.executable, "-m", "benchmarks.peers", role, path]) for role in ("relay", "worker")
-        ]
+        processes = {
+            role: subprocess.Popen([sys.executable, "-m", "benchmarks.peers", role, path])
+            for role in ("relay", "worker")
+        }
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         host = context.socket(zmq.DEALER)
         host.setsockopt(zmq.ROUTING_ID, b"h" * 16)
         host.setsockopt(zmq.LINGER, 0)
         host.connect(f"ipc://{path}")
         try:
-            yield Relay(host)
+            yield Relay(host, {role: process.pid for role, process in processes.items()})
         finally:
             host.close()
             context.term()
-            for process in processes:
+            for process in processes.values():
                 process.send_signal(signal.SIGKILL)
                 process.wait()
 
