@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.peers import bare_relay
 from benchmarks.pipelined import pipelined_host
 from benchmarks.service import ECHO, served
+from luacell.client import LuaHostBridge
 
 NS_PER_US = 1000
 IN_FLIGHT = 128
@@ -36,6 +37,7 @@ def print_cpu(calls: int) -> None:
         ways: tuple[tuple[str, Mapping[str, int], Callable[[], object]], ...] = (
             ("bare relay, one at a time", relayed, lambda: relay.run(calls, 1)),
             ("brokered, one at a time", brokered, lambda: host.run(calls, 1, together=False)),
+            ("brokered, one at a time, LuaHostBridge", brokered, lambda: _call_bridge(bridge, calls)),
             (f"bare relay, {IN_FLIGHT} in flight", relayed, lambda: relay.run(calls, IN_FLIGHT)),
             (f"brokered, {IN_FLIGHT}, one per message", brokered, lambda: host.run(calls, IN_FLIGHT, together=False)),
             (
@@ -50,6 +52,11 @@ def print_cpu(calls: int) -> None:
             each = [_per_call(before[part], _spent(pid), calls) for part, pid in pids.items()]
             cells = [f"{main:.1f} + {others:.1f}" for main, others in each]
             print(f"{name:<40}{cells[0]:>14}{cells[1]:>16}{cells[2]:>14}{sum(map(sum, each)):>9.1f}")
+
+
+def _call_bridge(bridge: LuaHostBridge, calls: int) -> None:
+    for _ in range(calls):
+        bridge.call(ECHO, len(PAYLOAD), PAYLOAD, len(PAYLOAD))
 
 
 def _spent(pid: int) -> Spent:

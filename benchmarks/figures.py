@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from benchmarks.idle import add_contracts, add_idle_workers, idle_hosts, objection
-from benchmarks.measure import Figure, Series, Target, compare, interleave, latency, plus, rate
+from benchmarks.measure import Figure, Target, compare, interleave, latency, plus, rate
 from benchmarks.peers import bare_relay, in_process_lua, pipe_ping_pong, plain_copies
 from benchmarks.pipelined import pipelined_host
 from benchmarks.service import ECHO, MIB, TAKE, served
@@ -46,9 +47,9 @@ class Scale:
         left_out: what could not be measured here, and why; filled on the way.
     """
 
-    batches: int = 9
+    batches: int = 11
     calls: int = 500
-    rate_calls: int = 4000
+    rate_calls: int = 6000
     hosts: int = 500
     workers: int = 200
     contracts: int = 1000
@@ -107,13 +108,13 @@ def in_flight(scale: Scale) -> list[Figure]:
             calls = scale.rate_calls if count > 1 else scale.rate_calls // 4
             taken = interleave(
                 {
-                    "relay": rate(lambda n=count, calls=calls: relay.run(calls, n)),  # type: ignore[misc]
-                    "one": rate(lambda n=count, calls=calls: host.run(calls, n, together=False)),  # type: ignore[misc]
-                    "several": rate(lambda n=count, calls=calls: host.run(calls, n, together=True)),  # type: ignore[misc]
+                    "relay": rate(partial(relay.run, calls, count)),
+                    "one": rate(partial(host.run, calls, count, together=False)),
+                    "several": rate(partial(host.run, calls, count, together=True)),
                 },
                 scale.batches,
             )
-            is_goal = count == max(IN_FLIGHT)
+            has_target = count == max(IN_FLIGHT)
             for key, words, target in (
                 ("one", "one call per message", ONE_PER_MESSAGE),
                 ("several", "several per message", SEVERAL_PER_MESSAGE),
@@ -122,7 +123,7 @@ def in_flight(scale: Scale) -> list[Figure]:
                 beside = f"bare relay, {count} in flight"
                 figures.append(
                     compare(
-                        "in-flight", name, "calls/s", taken[key], beside, taken["relay"], target if is_goal else None
+                        "in-flight", name, "calls/s", taken[key], beside, taken["relay"], target if has_target else None
                     )
                 )
     return figures
@@ -272,9 +273,7 @@ def inline(scale: Scale) -> list[Figure]:
     with served("--tcp", "tcp://127.0.0.1:0") as (bridge, _), LuaHostBridge.connect(bridge.health()["tcp"]) as remote:
         for size in (SMALL, MIB):
             ways = {"tcp": _echo(remote, size), "shared": _echo(bridge, size)}
-            taken: dict[str, Series] = interleave(
-                {name: latency(way, scale.calls_of(size)) for name, way in ways.items()}, scale.batches
-            )
+            taken = interleave({name: latency(way, scale.calls_of(size)) for name, way in ways.items()}, scale.batches)
             name = f"inline over TCP, echo of {size_text(size)}"
             figures.append(compare("inline", name, "us", taken["tcp"], "shared memory", taken["shared"], None, size))
     return figures

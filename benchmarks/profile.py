@@ -11,6 +11,7 @@ to who calls them.
 from __future__ import annotations
 
 import cProfile
+import gc
 import pstats
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from typing import Any
 
 from benchmarks.pipelined import pipelined_host
 from benchmarks.service import ECHO, SOURCES
+from luacell.broker.__main__ import GC_THRESHOLDS
 from luacell.broker.registry_store import RegistryStore
 from luacell.broker.rundir import RunDirectory
 from luacell.broker.server import Server
@@ -73,6 +75,8 @@ def _nothing() -> None:
 
 
 def _profiled(way: str, calls: int) -> cProfile.Profile:
+    gc.freeze()  # as the broker's own process does
+    gc.set_threshold(*GC_THRESHOLDS)
     with tempfile.TemporaryDirectory(prefix="luacell-bench-") as parent:
         run_directory = RunDirectory(Path(parent) / "run")
         server = Server(run_directory, 1, RegistryStore(run_directory.path / "registry.db"))
