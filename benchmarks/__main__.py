@@ -37,7 +37,10 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"measuring: {name} …", file=sys.stderr, flush=True)
         figures += GROUPS[name](scale)
     print(headline(facts))
-    print(f"p50 of round trips, calls per second of runs; medians of {scale.batches} interleaved batches\n")
+    print(
+        "p50 of round trips and calls per second of runs: medians over batches; ratio: median over neighbouring batches"
+    )
+    print(f"{scale.batches} batches of each, interleaved\n")
     print(table(figures))
     for reason in scale.left_out:
         print(f"left out: {reason}")

@@ -47,9 +47,9 @@ class Scale:
         left_out: what could not be measured here, and why; filled on the way.
     """
 
-    batches: int = 11
-    calls: int = 500
-    rate_calls: int = 6000
+    batches: int = 15
+    calls: int = 400
+    rate_calls: int = 4000
     hosts: int = 500
     workers: int = 200
     contracts: int = 1000

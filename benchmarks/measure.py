@@ -66,8 +66,20 @@ class Figure:
     gb_per_s: float = 0.0
 
     @property
+    def ratios(self) -> tuple[float, ...]:
+        """Those of batches taken one after the other."""
+        return tuple(value / other for value, other in zip(self.batches, self.beside_batches, strict=True))
+
+    @property
     def ratio(self) -> float:
-        return self.value / self.beside_value
+        """Their median: what disturbs the machine for a while disturbs both sides of a ratio."""
+        return statistics.median(self.ratios)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Half of the ratios are between these."""
+        low, _, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
+        return low, high
 
     @property
     def verdict(self) -> str:

@@ -12,8 +12,8 @@ import zmq
 
 from benchmarks.measure import Figure, Target
 
-TITLES = ("figure", "value", "", "beside", "value", "ratio", "must", "goal", "verdict", "GB/s")
-IS_LEFT = (True, False, True, True, False, False, False, False, True, False)
+TITLES = ("figure", "value", "", "beside", "value", "ratio", "half within", "must", "goal", "verdict", "GB/s")
+IS_LEFT = (True, False, True, True, False, False, False, False, False, True, False)
 
 
 def surroundings(placement: str) -> dict[str, Any]:
@@ -56,6 +56,7 @@ def _row(figure: Figure) -> tuple[str, ...]:
         figure.beside,
         _number(figure.beside_value),
         f"{figure.ratio:.2f}",
+        "{:.2f}-{:.2f}".format(*figure.quartiles),
         *_bounds(figure.target),
         figure.verdict,
         f"{figure.gb_per_s:.2f}" if figure.gb_per_s else "",
