@@ -32,8 +32,8 @@ fix: .venv/.dev  ## format, and mend what ruff can mend
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 
-bench: .venv/.dev  ## run the benchmarks
-	$(BIN)/python -m benchmarks
+bench: .venv/.dev  ## run the benchmarks (ARGS="--only sizes --profile": docs/performance.md)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 setup: .venv/.dev  ## set up .venv with everything that the other targets need
 
