@@ -18,7 +18,6 @@ import random
 import signal
 import struct
 import tempfile
-import threading
 import time
 from collections import Counter
 from contextlib import ExitStack, suppress
@@ -27,16 +26,16 @@ from typing import Final, NamedTuple
 
 import zmq
 
-from luacell.client import AbiErrorCode, HostContractId, LuacellError, LuaHostBridge
+from luacell.client import AbiErrorCode, HostContractId, LuaHostBridge
 from luacell.protocol import headers, messages
 from luacell.protocol.headers import HAS_ARGS, HAS_OUT, SLOT_FREE, Op
 from luacell.protocol.memory.segments import Mapping
 from luacell.protocol.messages import decode
 from luacell.protocol.slots import DONE_OFFSET, PAYLOAD_OFFSET, WORD
+from tests.soak.killer import Killer
 from tests.soak.report import Report
 from tests.support.contracts import PROBE, deploy
 from tests.support.peers import Peer
-from tests.support.processes import Process, workers_of
 from tests.support.serving import Serving
 from tests.support.waiting import LIMIT_S
 
@@ -47,7 +46,8 @@ SIZE: Final = 16  # bytes of arguments and results
 ENTRY_SIZE: Final = 4  # of the ledger
 BUDGET_US: Final = 30_000_000
 CRASH_EVERY: Final = 60  # calls, on average
-KILL_PAUSES_S: Final = (0.0, 0.06)
+CRASH_EVERY_KILLED: Final = 600  # the same while workers are killed from outside
+KILL_PAUSES_S: Final = (0.0, 0.03)
 SPINS_MAX: Final = 4000  # some microseconds
 LETTERS: Final = struct.Struct("<IIIi")  # number, way to crash or 0, spins, where the ledger's entry is from `out`
 
@@ -277,46 +277,8 @@ class CountingHost:
         self._peer.close()
 
 
-class Killer:
-    """Kills busy workers of a contract from outside at random moments, for the length of a block."""
-
-    def __init__(self, run_directory: Path, contract: str, rng: random.Random) -> None:
-        self.kills = 0
-        self._contract = contract
-        self._rng = rng
-        self._is_over = threading.Event()
-        self._bridge = LuaHostBridge.connect(run_directory)
-        self._thread = threading.Thread(target=self._run, name="killer")
-
-    def _run(self) -> None:
-        while not self._is_over.is_set():
-            pids: list[int] = []
-            with suppress(LuacellError):
-                pids = workers_of(self._bridge, self._contract)
-            if not pids:
-                self._is_over.wait(0.001)
-                continue
-            with ExitStack() as stack, suppress(AssertionError, ProcessLookupError):
-                victim = Process(self._rng.choice(pids))
-                stack.callback(victim.close)
-                self._is_over.wait(self._rng.uniform(*KILL_PAUSES_S))
-                if victim.is_alive:
-                    victim.kill()
-                    self.kills += 1
-                    victim.ends_within()
-
-    def __enter__(self) -> Killer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self._thread.join(LIMIT_S)
-        self._bridge.close()
-
-
 def run(seed: int, crashes: int = 1000) -> Report:
-    """Go on until so many workers have died, half of the time of their calls alone, half also by kill -9."""
+    """Go on until so many workers have died: the first half of their calls, the others mostly by kill -9."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="crashes-") as directory, ExitStack() as stack:
         run_directory = Path(directory) / "run"
@@ -327,9 +289,9 @@ def run(seed: int, crashes: int = 1000) -> Report:
         host = CountingHost(run_directory, rng)
         stack.callback(host.close)
         started_s = time.monotonic()
-        _crash_until(bridge, host, crashes // 2)
-        with Killer(run_directory, PROBE, rng) as killer:
-            _crash_until(bridge, host, crashes)
+        _crash_until(bridge, host, crashes // 2, CRASH_EVERY)
+        with Killer(run_directory, PROBE, rng, KILL_PAUSES_S) as killer:
+            _crash_until(bridge, host, crashes, CRASH_EVERY_KILLED)
         deaths = bridge.health()["deaths"]
         figures = {
             "crashes": f"{sum(deaths.values())} ({', '.join(f'{number} {cause}' for cause, number in deaths.items())})",
@@ -341,12 +303,12 @@ def run(seed: int, crashes: int = 1000) -> Report:
         return Report("crashes with calls handed ahead", figures, host.violations)
 
 
-def _crash_until(bridge: LuaHostBridge, host: CountingHost, crashes: int) -> None:
+def _crash_until(bridge: LuaHostBridge, host: CountingHost, crashes: int, crash_every: int) -> None:
     while sum(bridge.health()["deaths"].values()) < crashes:
         for _ in range(200):
             if host.is_full:
                 break
-            host.turn(1 / CRASH_EVERY)
+            host.turn(1 / crash_every)
         if host.is_full:
             host.drain()
     host.drain()

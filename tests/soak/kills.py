@@ -161,7 +161,7 @@ class Kills:
 
     def _check_nothing_left(self, before: tuple[object, ...]) -> None:
         try:
-            settles(lambda: _processes_with(self._run_directory), [], "all processes have ended", GONE_WITHIN_S)
+            settles(lambda: len(_processes_with(self._run_directory)), 0, "all processes have ended", GONE_WITHIN_S)
             settles(_holdings, before, "descriptors, threads, mappings and children are as before")
         except AssertionError as error:
             self._violations.append(f"something is left: {error}")
@@ -201,7 +201,7 @@ def _holdings() -> tuple[object, ...]:
 
 
 def _processes_with(run_directory: Path) -> list[int]:
-    """Return every process that was started for a run directory; workers keep the command line they were forked with."""
+    """Return every process of a run directory; workers keep the command line that they were forked with."""
     word = os.fsencode(run_directory)
     found = []
     for name in os.listdir("/proc"):
@@ -230,5 +230,3 @@ def run(seed: int, rounds: int = 50) -> Report:
     """Kill each of the four processes `rounds` times."""
     with tempfile.TemporaryDirectory(prefix="kills-") as directory:
         return Kills(Path(directory), random.Random(seed)).run(rounds)
-
-

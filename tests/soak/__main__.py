@@ -1,0 +1,44 @@
+"""`make test-soak`: long runs against real processes, each with its figures in one line. See docs/testing.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+
+from tests.soak import crashes, crowds, kills, million
+from tests.soak.report import Report
+
+RUNS: dict[str, Callable[[int], Report]] = {
+    "kills": kills.run,
+    "crashes": crashes.run,
+    "crowds": crowds.run,
+    "million": million.run,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("runs", nargs="*", choices=[*RUNS, []], help="all of them if none is named")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32), help="of all chance")
+    options = parser.parse_args()
+    print(f"seed {options.seed}, {os.cpu_count()} CPUs", flush=True)
+    reports = []
+    for name in options.runs or RUNS:
+        started_s = time.monotonic()
+        print(f"{name} …", flush=True)
+        try:
+            report = RUNS[name](options.seed)
+        except Exception as error:
+            report = Report(name, {}, [f"{type(error).__name__}: {error}"])
+        reports.append(report)
+        print(f"{name} took {time.monotonic() - started_s:.0f} s, {len(report.violations)} violations", flush=True)
+    print(f"\nseed {options.seed}", *reports, sep="\n")
+    return 1 if any(report.violations for report in reports) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
