@@ -23,15 +23,16 @@ from pathlib import Path
 from luacell.client import AsyncLuaHostBridge, BridgeForked, LuaHostBridge
 from tests.soak.history import VALUE, History
 from tests.soak.killer import Killer
-from tests.soak.load import NUMBER_SIZE, TIMEOUT_S, arguments, call, judge
+from tests.soak.load import NUMBER_SIZE, TIMEOUT_S, arguments, call, double_after, judge
 from tests.soak.report import Report
-from tests.support.contracts import DOUBLE, HEALTHY, answers, deploy
+from tests.support.contracts import HEALTHY, answers, deploy
 from tests.support.serving import Serving
 from tests.support.waiting import LIMIT_S, settles
 
 ROOT = Path(__file__).parents[2]
 TASKS, THREADS, PROCESSES = 50, 16, 4
 WORKERS = 4
+SPINS = 30_000  # a tenth of a millisecond or so
 ERRORS = ("WorkerCrashed",)
 KILL_PAUSES_S = (0.01, 0.1)
 
@@ -120,7 +121,7 @@ def run(seed: int, lasts_s: float = 15.0) -> Report:
         run_directory = Path(directory) / "run"
         run_directory.mkdir(mode=0o700)
         with Serving(run_directory), LuaHostBridge.connect(run_directory) as bridge:
-            deploy(bridge, DOUBLE, HEALTHY, stateless=True, workers=WORKERS)
+            deploy(bridge, double_after(SPINS), HEALTHY, stateless=True, workers=WORKERS)
             assert answers(bridge, HEALTHY)
             for name, crowd in CROWDS.items():
                 with Killer(run_directory, HEALTHY, rng, KILL_PAUSES_S) as killer:

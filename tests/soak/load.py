@@ -12,11 +12,21 @@ from typing import Self
 
 from luacell.client import LuaHostBridge
 from tests.soak.history import VALUE, WRONG, Entry, History
+from tests.support.contracts import function
 from tests.support.waiting import LIMIT_S
 
 TIMEOUT_S = 2.0
 NUMBER_SIZE = 4
 I32_COUNT = 1 << 31
+
+
+def double_after(spins: int) -> str:
+    """Return DOUBLE that works for a while first, some nanoseconds a spin, so that kills meet it."""
+    return function(f"""
+      local sum = 0
+      for number = 1, {spins} do sum = sum + number % 7 end
+      ffi.cast("int32_t *", out)[0] = 2 * ffi.cast("int32_t *", args)[0] + (sum < 0 and 1 or 0)
+    """)
 
 
 def arguments(entry: Entry) -> bytes:
