@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable
+from types import FrameType
 
 from tests.soak import crashes, crowds, kills, million
 from tests.soak.report import Report
@@ -18,6 +20,7 @@ RUNS: dict[str, Callable[[int], Report]] = {
     "crowds": crowds.run,
     "million": million.run,
 }
+LIMIT_S = 600  # for all runs together; what is under way then is cleaned up, and counts as failed
 
 
 def main() -> int:
@@ -27,7 +30,12 @@ def main() -> int:
     options = parser.parse_args()
     print(f"seed {options.seed}, {os.cpu_count()} CPUs", flush=True)
     reports = []
+    signal.signal(signal.SIGALRM, _out_of_time)
+    signal.alarm(LIMIT_S)
     for name in options.runs or RUNS:
+        if not signal.getitimer(signal.ITIMER_REAL)[0]:
+            reports.append(Report(name, {}, ["there was no time left for it"]))
+            continue
         started_s = time.monotonic()
         print(f"{name} …", flush=True)
         try:
@@ -36,8 +44,13 @@ def main() -> int:
             report = Report(name, {}, [f"{type(error).__name__}: {error}"])
         reports.append(report)
         print(f"{name} took {time.monotonic() - started_s:.0f} s, {len(report.violations)} violations", flush=True)
+    signal.alarm(0)
     print(f"\nseed {options.seed}", *reports, sep="\n")
     return 1 if any(report.violations for report in reports) else 0
+
+
+def _out_of_time(number: int, frame: FrameType | None) -> None:
+    raise TimeoutError(f"all runs together took more than {LIMIT_S} s")
 
 
 if __name__ == "__main__":

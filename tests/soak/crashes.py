@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 import signal
+import statistics
 import struct
 import tempfile
 import time
@@ -48,6 +49,7 @@ BUDGET_US: Final = 30_000_000
 CRASH_EVERY: Final = 60  # calls, on average
 CRASH_EVERY_KILLED: Final = 600  # the same while workers are killed from outside
 KILL_PAUSES_S: Final = (0.0, 0.03)
+TURNS: Final = 200  # between two looks at how many have died
 SPINS_MAX: Final = 4000  # some microseconds
 LETTERS: Final = struct.Struct("<IIIi")  # number, way to crash or 0, spins, where the ledger's entry is from `out`
 
@@ -126,6 +128,7 @@ class CountingHost:
         self._free = list(range(IN_FLIGHT))
         self._next = 0  # number
         self.calls = 0
+        self.held: list[int] = []  # by the workers, at looks into the service's health
         self.outcomes: Counter[str] = Counter()
         self.instants = 0  # a signal from outside fell between a word of the slot and the contract's count
         self.violations: list[str] = []
@@ -297,6 +300,7 @@ def run(seed: int, crashes: int = 1000) -> Report:
             "crashes": f"{sum(deaths.values())} ({', '.join(f'{number} {cause}' for cause, number in deaths.items())})",
             "kills from outside": str(killer.kills),
             "calls": f"{host.calls} ({host.calls / (time.monotonic() - started_s):.0f}/s, {IN_FLIGHT} in flight)",
+            "held by the workers on average": f"{statistics.mean(host.held):.0f}",
             "outcomes": ", ".join(f"{number} {outcome}" for outcome, number in host.outcomes.most_common()),
             "killed in the instant between word and count": str(host.instants),
         }
@@ -304,8 +308,9 @@ def run(seed: int, crashes: int = 1000) -> Report:
 
 
 def _crash_until(bridge: LuaHostBridge, host: CountingHost, crashes: int, crash_every: int) -> None:
-    while sum(bridge.health()["deaths"].values()) < crashes:
-        for _ in range(200):
+    while sum((health := bridge.health())["deaths"].values()) < crashes:
+        host.held.append(health["slots_in_flight"] - health["queued"])
+        for _ in range(TURNS):
             if host.is_full:
                 break
             host.turn(1 / crash_every)
