@@ -28,11 +28,12 @@ from tests.support.serving import Serving
 PAYLOAD = bytes(range(64))
 ECHO_64 = ECHO.replace("fn_id)", "64)")
 STEPS = 10
+WARM_STEPS = 3  # the broker's timers take a deadline's time, 5 s, to have as many buckets as they will ever need
 TASKS, TASKS_SHARE = 50, 0.2
 IN_FLIGHT = 32
 SEQUENTIAL, BATCH = 10_000, 500  # calls one after the other at both ends, and between two looks at the pipes
 SLOWER_MAX = 1.2
-GROWTH_MAX_KIB = 1024  # of one process, from the end of the first step to the end of the last
+GROWTH_MAX_KIB = 1024  # of one process, from the end of the warm steps to the end of the last
 US_PER_S = 1_000_000
 
 
@@ -106,7 +107,7 @@ def run(seed: int = 0, calls: int = 1_000_000, sequential: int = SEQUENTIAL, *, 
                     looks.append(Holdings.of(pids))
                 lasted_s = time.monotonic() - started_s
                 last = measured(call, pipe, sequential, violations)
-    early, late = looks[0], looks[-1]
+    early, late = looks[WARM_STEPS - 1], looks[-1]
     violations += _growth(early, late)
     slower = last.ratio / first.ratio
     if judges_pace and slower > SLOWER_MAX:
