@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer, with pip and venv; every target sets up .venv by itself when it is missing or stale.
 # Another interpreter: make test PYTHON=python3.13
-.PHONY: help demo test check fix bench setup clean
+.PHONY: help demo test test-soak check fix bench setup clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,13 +8,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PURE := */broker/answers.py,*/broker/books.py,*/broker/bounds.py,*/broker/catalogue.py,*/broker/causes.py,*/broker/dispatcher.py,*/broker/handover.py,*/broker/model.py,*/broker/outputs.py,*/broker/queues.py,*/broker/registry.py,*/broker/snapshot.py,*/broker/timers.py,*/broker/windows.py,*/broker/workforce.py,*/cli/restarts.py,*/client/typed/*,*/protocol/api/*,*/protocol/codec.py,*/protocol/endpoints.py,*/protocol/errors.py,*/protocol/fields.py,*/protocol/headers.py,*/protocol/identity.py,*/protocol/messages.py,*/protocol/paths.py,*/protocol/slots.py
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
 demo: .venv/.runtime  ## a short tour: contracts that crash, hang and eat memory, and a host that goes on
 	@$(BIN)/luacell demo
 
 test: .venv/.dev  ## run the tests
 	$(BIN)/python -m pytest
+
+test-soak: .venv/.dev  ## run the long tests, 10 minutes at most; some of them: make test-soak SOAK="kills --seed 7"
+	$(BIN)/python -m tests.soak $(SOAK)
 
 check: .venv/.dev  ## what CI runs: format, lint, types, imports, compose file, tests with coverage
 	$(BIN)/ruff format --check
@@ -32,8 +35,8 @@ fix: .venv/.dev  ## format, and mend what ruff can mend
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 
-bench: .venv/.dev  ## run the benchmarks
-	$(BIN)/python -m benchmarks
+bench: .venv/.dev  ## run the benchmarks (ARGS="--only sizes --profile": docs/performance.md)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 setup: .venv/.dev  ## set up .venv with everything that the other targets need
 

@@ -1,7 +1,7 @@
-"""The floors that luacell is compared with: in-process Lua, a pipe ping-pong, a bare ZeroMQ relay.
+"""The floors that luacell is compared with: in-process Lua, a pipe ping-pong, a bare ZeroMQ relay, plain copies.
 
-Each peer is a context manager that yields a function for one round trip. Their processes inherit the CPU placement of
-the benchmark, and end with it.
+Each peer is a context manager that yields a function for one round trip, or an object that has one. Their processes
+inherit the CPU placement of the benchmark, and end with it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 
 import zmq
@@ -75,30 +77,72 @@ def pipe_ping_pong(payload: bytes) -> Iterator[RoundTrip]:
         os.waitpid(pid, 0)
 
 
+def plain_copies(size: int, count: int) -> RoundTrip:
+    """`count` memcpys of `size` bytes, each from where the last one has put them."""
+    import ctypes
+
+    buffers = [ctypes.create_string_buffer(size) for _ in range(count + 1)]
+    for buffer in buffers:
+        ctypes.memset(buffer, 1, size)
+    steps = list(pairwise(buffers))
+    copy = ctypes.memmove
+
+    def round_trip() -> None:
+        for source, target in steps:
+            copy(target, source, size)
+
+    return round_trip
+
+
+class Relay:
+    """The host's end of a bare relay.
+
+    Attributes:
+        pids: of the other two processes.
+    """
+
+    def __init__(self, host: zmq.Socket[bytes], pids: dict[str, int]) -> None:
+        self._host = host
+        self.pids = pids
+
+    def round_trip(self) -> bytes:
+        self._host.send(MESSAGE)
+        return self._host.recv()
+
+    def run(self, calls: int, in_flight: int) -> float:
+        """Send `calls` messages, `in_flight` ahead of their answers; return how many came back per second."""
+        send, receive = self._host.send, self._host.recv
+        start_s = time.perf_counter()
+        for _ in range(in_flight):
+            send(MESSAGE)
+        for _ in range(calls - in_flight):
+            receive()
+            send(MESSAGE)
+        for _ in range(in_flight):
+            receive()
+        return calls / (time.perf_counter() - start_s)
+
+
 @contextmanager
-def bare_relay() -> Iterator[RoundTrip]:
+def bare_relay() -> Iterator[Relay]:
     """A ROUTER between two DEALERs, each in a process: the broker's sockets and frames without its work."""
     with tempfile.TemporaryDirectory() as directory:
         path = str(Path(directory) / "relay.sock")
-        processes = [
-            subprocess.Popen([sys.executable, "-m", "benchmarks.peers", role, path]) for role in ("relay", "worker")
-        ]
+        processes = {
+            role: subprocess.Popen([sys.executable, "-m", "benchmarks.peers", role, path])
+            for role in ("relay", "worker")
+        }
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         host = context.socket(zmq.DEALER)
         host.setsockopt(zmq.ROUTING_ID, b"h" * 16)
         host.setsockopt(zmq.LINGER, 0)
         host.connect(f"ipc://{path}")
-
-        def round_trip() -> bytes:
-            host.send(MESSAGE)
-            return host.recv()
-
         try:
-            yield round_trip
+            yield Relay(host, {role: process.pid for role, process in processes.items()})
         finally:
             host.close()
             context.term()
-            for process in processes:
+            for process in processes.values():
                 process.send_signal(signal.SIGKILL)
                 process.wait()
 

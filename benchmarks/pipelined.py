@@ -7,6 +7,7 @@ by hand, as `docs/protocol.md` describes a client.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,26 +28,32 @@ BUDGET_US = 5_000_000
 LIMIT_S = 20.0
 
 
+def join(context: zmq.Context[zmq.Socket[bytes]], run_directory: Path) -> tuple[socket.socket, zmq.Socket[bytes]]:
+    """Introduce a host to the broker; return its descriptor channel and its connection."""
+    channel = connect_channel(run_directory / DESCRIPTOR_SOCKET, LIMIT_S)
+    hello = encode(messages.Hello(role="host"))
+    send_message(channel, hello)
+    routing_id = decode(messages.Welcome, receive_message(channel)[0]).routing_id
+    dealer = context.socket(zmq.DEALER)
+    dealer.setsockopt(zmq.ROUTING_ID, routing_id)
+    dealer.setsockopt(zmq.LINGER, 0)
+    dealer.setsockopt(zmq.RCVTIMEO, int(LIMIT_S * 1000))
+    dealer.connect(f"ipc://{run_directory / BROKER_SOCKET}")
+    dealer.send(hello)
+    decode(messages.Welcome, dealer.recv())
+    return channel, dealer
+
+
 class PipelinedHost:
-    """One host, one contract, `slots` calls in flight at most."""
+    """One host, one contract, `slots` calls in flight at most; the function id is the size of the payload."""
 
     def __init__(self, run_directory: Path, contract: str, payload: bytes, slots: int) -> None:
         name, _, major = contract.partition("@")
         self._contract_id = int(HostContractId(name, int(major)))
         self._payload = payload
         self._last_id = 0
-        self._channel = connect_channel(run_directory / DESCRIPTOR_SOCKET, LIMIT_S)
-        hello = encode(messages.Hello(role="host"))
-        send_message(self._channel, hello)
-        routing_id = decode(messages.Welcome, receive_message(self._channel)[0]).routing_id
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._dealer = dealer = self._context.socket(zmq.DEALER)
-        dealer.setsockopt(zmq.ROUTING_ID, routing_id)
-        dealer.setsockopt(zmq.LINGER, 0)
-        dealer.setsockopt(zmq.RCVTIMEO, int(LIMIT_S * 1000))
-        dealer.connect(f"ipc://{run_directory / BROKER_SOCKET}")
-        dealer.send(hello)
-        decode(messages.Welcome, dealer.recv())
+        self._channel, self._dealer = join(self._context, run_directory)
         self._lease(slots)
 
     def _lease(self, slots: int) -> None:
@@ -76,7 +83,7 @@ class PipelinedHost:
         call_id = self._last_id << 16 | position
         slot = segment.index << SLOT_SHIFT | position
         flags = HAS_ARGS | HAS_OUT
-        return call_id, self._contract_id, 0, BUDGET_US, segment.arena, slot, generation, flags, size, size
+        return call_id, self._contract_id, size, BUDGET_US, segment.arena, slot, generation, flags, size, size
 
     def _receive(self) -> tuple[int, list[int]]:
         """Read the results in one message; return how many, and the slots that are free."""

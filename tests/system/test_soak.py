@@ -1,0 +1,78 @@
+"""The long runs of `make test-soak` in small, and the checker that they rely on."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.soak import crashes, crowds, kills, million
+from tests.soak.history import GRACE_S, VALUE, WRONG, End, History
+from tests.soak.report import Report
+
+SEED = 1
+BACK_WITHIN_S = 2.0  # twice the promise, which `make test-soak` asserts
+
+
+# -- the runs ----
+def test_each_process_is_killed_under_calls() -> None:
+    kills.run(SEED, rounds=1, back_within_s=BACK_WITHIN_S).check()
+
+
+def test_calls_handed_ahead_to_workers_that_crash() -> None:
+    crashes.run(SEED, crashes=40).check()
+
+
+def test_crowds_get_their_own_answers_while_workers_are_killed() -> None:
+    crowds.run(SEED, lasts_s=0.6).check()
+
+
+def test_many_calls_leave_memory_and_descriptors_as_they_are() -> None:
+    million.run(SEED, calls=20_000, sequential=500, judges_pace=False).check()
+
+
+# -- the checker ----
+@pytest.fixture
+def history() -> History:
+    return History(errors=["WorkerCrashed"])
+
+
+@pytest.mark.parametrize("outcome", [VALUE, "WorkerCrashed"])
+def test_one_answer_in_time_is_as_it_should_be(history: History, outcome: str) -> None:
+    history.ended(history.sent("host.probe@1", 1.0), outcome)
+    assert history.violations() == []
+    assert history.outcomes() == {outcome: 1}
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_lost_and_second_answers_are_seen(history: History, times: int) -> None:
+    entry = history.sent("host.probe@1", 1.0)
+    for _ in range(times):
+        history.ended(entry, VALUE)
+    assert history.violations() == [f"call 0 to host.probe@1 was answered {times} times"]
+
+
+@pytest.mark.parametrize("outcome", [WRONG, "HostContractNotFound", "RuntimeError"])
+def test_other_answers_and_errors_are_seen(history: History, outcome: str) -> None:
+    history.ended(history.sent("host.probe@1", 1.0), outcome)
+    assert history.violations() == [f"call 0 to host.probe@1 ended with {outcome}"]
+
+
+def test_late_answers_are_seen(history: History) -> None:
+    entry = history.sent("host.probe@1", 1.0)
+    entry.ends.append(End(VALUE, entry.sent_s + 1.0 + GRACE_S + 0.1))
+    assert history.violations() == ["call 0 to host.probe@1 ended 0.350 s after its deadline"]
+
+
+def test_only_answers_with_values_show_that_the_service_is_back(history: History) -> None:
+    history.ended(history.sent("host.probe@1", 1.0), "WorkerCrashed")
+    entry = history.sent("host.probe@1", 1.0)
+    history.ended(entry, VALUE)
+    assert history.answered == [entry]
+    assert entry.ends[0].ended_s <= time.monotonic()
+
+
+def test_report_with_a_violation_is_a_failure() -> None:
+    Report("a run", {"calls": "1"}, []).check()
+    with pytest.raises(AssertionError, match="violations = 1; calls: 1\ncall 0 was lost"):
+        Report("a run", {"calls": "1"}, ["call 0 was lost"]).check()
