@@ -187,7 +187,7 @@ REFUSED = [
     (HOST.replace("host_", "guest_") + "singleton = true", "4:1: unknown key 'singleton'"),
     (PARAM.format('"self"', '"u8"'), "6:20: name 'self' is reserved"),
     (PARAM.format('"a"', '"void"'), "6:32: type 'void' is only for returns, not for a parameter"),
-    (PARAM.format('"a", type = "u8" }, { name = "a"', '"u8"'), "6:48: duplicate parameter 'a'"),
+    (PARAM.format('"a", type = "u8" }, { name = "a"', '"u8"'), "6:49: duplicate parameter 'a'"),
     (PARAM.format('"a"', '"u8"') + "\nreturn = 5", "7:10: return is an integer, not the name of a type or"),
 ]
 
