@@ -399,4 +399,4 @@ def test_last_field_is_found_behind_good_ones_of_every_kind() -> None:
         packers.pack(({**value, "last": 1},))
     payload[packers.out_size - 8] = 9
     with pytest.raises(BadResult, match=r"returned what is no Every: last: 9 is no bool$"):
-        packers.unpack(payload)
+        packers.unpack(bytes(payload))
