@@ -22,8 +22,7 @@
     │   └── Unauthorized, BadRequest, TooLarge                          what is wrong with the request
     ├── ApiError                         an api.toml is not right
     ├── ArgumentError                    a typed call was given a value that its contract does not take
-    │   ├── ArgumentTypeError (also a TypeError), ArgumentValueError (also a ValueError)
-    │   └── ArgumentOverflowError (also an OverflowError)
+    │   └── ArgumentTypeError, ArgumentValueError, ArgumentOverflowError         each also the built-in one
     └── ProtocolError                    a peer sent something that is not of this protocol
 
 Codes below 256 and the texts of BridgeError are polyplug's, so that code written for its bridge reads the

@@ -381,3 +381,22 @@ def test_time_of_a_record_is_printed(capsys: pytest.CaptureFixture[str]) -> None
     with capsys.disabled():
         print(f"\na record of 9 fields: packed in {pack_us:.2f} us, unpacked in {unpack_us:.2f} us")
     assert packers.unpack(payload) == args[0]
+
+
+EVERY = """
+[[types]]
+name = "Every"
+fields = [{ name = "w", type = "Wide" }, { name = "b", type = "Buffer" }, { name = "a", type = "Array<bool>" },
+          { name = "p", type = "Point" }, { name = "last", type = "bool" }]
+"""
+
+
+def test_last_field_is_found_behind_good_ones_of_every_kind() -> None:
+    packers, _ = echoing("Every", FLAGS + POINT + EVERY)
+    value = {"w": 1, "b": b"b", "a": [True, False], "p": {"x": 1, "s": "s"}, "last": True}
+    payload = bytearray(packers.pack((value,)))
+    with pytest.raises(ArgumentTypeError, match=r"value\.last: bool takes a bool, not int 1$"):
+        packers.pack(({**value, "last": 1},))
+    payload[packers.out_size - 8] = 9
+    with pytest.raises(BadResult, match=r"returned what is no Every: last: 9 is no bool$"):
+        packers.unpack(bytes(payload))

@@ -128,6 +128,7 @@ REFUSED = [
     ("types = [2020-01-01 10:00:00]", "1:10: types[0] is a date or time, not a table"),
     ("[[types]]\nfields = []", "1:1: lacks the key 'name'"),
     ("[[types]]\nname = 5", "2:8: name is an integer, not a text"),
+    ("docs.a = 'x'\ntypos.b = 5", "2:1: unknown key 'typos'; did you mean 'types'?"),
     ("langs = 5", "1:9: langs is an integer, not a table"),
     ("docs = 1.5", "1:8: docs is a float, not a text or a table"),
     ('docs = "\\u001b[2J"', "1:8: docs hold the control character '\\x1b'"),
@@ -187,7 +188,7 @@ REFUSED = [
     (HOST.replace("host_", "guest_") + "singleton = true", "4:1: unknown key 'singleton'"),
     (PARAM.format('"self"', '"u8"'), "6:20: name 'self' is reserved"),
     (PARAM.format('"a"', '"void"'), "6:32: type 'void' is only for returns, not for a parameter"),
-    (PARAM.format('"a", type = "u8" }, { name = "a"', '"u8"'), "6:48: duplicate parameter 'a'"),
+    (PARAM.format('"a", type = "u8" }, { name = "a"', '"u8"'), "6:49: duplicate parameter 'a'"),
     (PARAM.format('"a"', '"u8"') + "\nreturn = 5", "7:10: return is an integer, not the name of a type or"),
 ]
 
