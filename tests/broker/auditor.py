@@ -320,6 +320,8 @@ class Auditor:
         elif effect.code is AbiErrorCode.OUT_OF_MEMORY:
             lied = truth.is_lied_about
             self.demand(lied or truth.code == effect.code, truth, "did not run out of memory")
+        elif effect.code is AbiErrorCode.BUSY:
+            self.demand(truth.call.contract.queue.is_full, truth, "makes room in a queue that is not full")
         else:
             codes = AbiErrorCode.HOST_CONTRACT_NOT_FOUND, AbiErrorCode.HOST_CONTRACT_CALL_FAILED
             self.demand(effect.code in codes, truth, "fails with", effect.code.name)

@@ -150,9 +150,19 @@ class Dispatcher(Handover):
         if worker is not None:
             self._hand_ahead(worker, call, now_ns, effects)
         else:
+            if contract.queue.is_full:
+                self._displace(contract, session, now_ns, effects)
             contract.queue.push(session, call)
             self.catalogue.staff(contract, now_ns, effects)
         return effects
+
+    def _displace(self, contract: Contract, session: Session, now_ns: int, effects: list[Effect]) -> None:
+        """Make room in a full queue for a call of `session`: a host with many calls must not keep others out."""
+        call = contract.queue.displaceable(session)
+        assert call is not None, "it was looked for before the call was taken"
+        effects.append(answers.displaced(call, now_ns))
+        contract.queue.remove(call.session, call)
+        self._end(call, effects)
 
     def quick_call(self, session_id: bytes, header: headers.Call, now_ns: int) -> Call | None:
         """Do what `call_arrived` does where nothing is unusual.
