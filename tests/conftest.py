@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,13 @@ pytest.register_assert_rewrite("tests.support")
 from luacell.client import LuacellError, LuaHostBridge  # noqa: E402
 from tests.support.contracts import unregister_all  # noqa: E402
 from tests.support.processes import nothing_left  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts_reach_children() -> None:
+    """Shells start what runs in their background with SIGINT ignored, which its children would inherit."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class SharedService:

@@ -243,13 +243,15 @@ class Auditor:
         self.note("execute", truth.number, worker.id)
         self.demand(worker.id not in self._killed, truth, "goes to doomed worker", worker.id)
         self.demand(worker.id in self._loaded, truth, "goes to blank worker", worker.id)
-        self.demand(len(process.held) <= WINDOW_MAX, truth, "goes to worker", worker.id, "whose window is full")
+        holds = sum(map(process.may_touch, process.held))
+        self.demand(holds <= WINDOW_MAX, truth, "goes to worker", worker.id, "whose window is full")
         self.demand(not process.has_said_so, truth, "goes to worker", worker.id, "which must not be used again")
         self.demand(not truth.is_marked, truth, "had begun and is sent again")
-        self.demand(not truth.answers, truth, "was answered and is sent")
+        is_withdrawn = self.world.server.memory.slot_of(call).withdrawn >= call.sequence
+        self.demand(not truth.answers or is_withdrawn, truth, "was answered and is sent")
         for earlier in truth.workers:
-            held = self.world.workers[earlier].held
-            self.demand(truth.number not in held, truth, "is sent again while worker", earlier, "may touch its slot")
+            is_touched = self.world.workers[earlier].may_touch(truth.number)
+            self.demand(not is_touched, truth, "is sent again while worker", earlier, "may touch its slot")
         truth.workers.append(worker.id)
         truth.run_out_ns = self.world.schedule.now_ns + call.contract.run_limit_ns
 
@@ -318,6 +320,8 @@ class Auditor:
         elif effect.code is AbiErrorCode.OUT_OF_MEMORY:
             lied = truth.is_lied_about
             self.demand(lied or truth.code == effect.code, truth, "did not run out of memory")
+        elif effect.code is AbiErrorCode.BUSY:
+            self.demand(truth.call.contract.queue.is_full, truth, "makes room in a queue that is not full")
         else:
             codes = AbiErrorCode.HOST_CONTRACT_NOT_FOUND, AbiErrorCode.HOST_CONTRACT_CALL_FAILED
             self.demand(effect.code in codes, truth, "fails with", effect.code.name)
@@ -348,8 +352,8 @@ class Auditor:
         """The slot is the host's again: nobody else may touch it any more."""
         self.demand(not truth.is_released, truth, "is released twice")
         for worker_id in truth.workers:
-            held = self.world.workers[worker_id].held
-            self.demand(truth.number not in held, truth, "is released while worker", worker_id, "may touch its slot")
+            is_touched = self.world.workers[worker_id].may_touch(truth.number)
+            self.demand(not is_touched, truth, "is released while worker", worker_id, "may touch its slot")
         truth.is_released = True
         self._forget(truth)
 
@@ -358,7 +362,7 @@ class Auditor:
 
     def _saw_drop(self, pair: Pair) -> None:
         for process in self.world.workers.values():
-            for number in process.held:
+            for number in filter(process.may_touch, process.held):
                 is_there = self._by_number[number].call.pair is pair
                 self.demand(not is_there, "pair", pair.key, "is dropped while worker", process.id, "may touch it")
 

@@ -335,9 +335,11 @@ class SimulatedServer:
             call.header.generation,
             call.header.out_size,
             self.memory.slot_of(call),
+            self.memory.slot_of(call).args,
         )
         if process.is_alive:
-            process.held.add(execute.slot.args)
+            process.held.add(execute.number)
+            process.executes[execute.number] = execute
             process.sequences.add(execute.sequence)
             process.inbox.send(lambda: process.receive(lambda: process.execute(execute)))
 

@@ -51,6 +51,8 @@ class Execute:
     generation: int
     out_size: int
     slot: Slot
+    number: int
+    is_taken_up: bool = False  # the worker has touched its slot
     is_judged: bool = False  # it was looked at, and is run or refused
 
 
@@ -62,6 +64,7 @@ class SimulatedWorker:
         has_said_so: and the broker has heard it.
         held: numbers of calls whose slots it may touch: EXECUTE was sent to it, DONE was not sent by it.
         sequences: of all hand-overs to it.
+        executes: the last hand-over of each call to it, by number.
     """
 
     def __init__(self, world: Simulation, host: SimulatedWorkerHost, worker_id: int) -> None:
@@ -74,6 +77,7 @@ class SimulatedWorker:
         self.step = "starting"
         self.held: set[int] = set()
         self.sequences: set[int] = set()
+        self.executes: dict[int, Execute] = {}
         self.inbox = Wire(world.schedule)
         self.outbox = Wire(world.schedule)
         self._host = host
@@ -174,7 +178,18 @@ class SimulatedWorker:
         delay_ns = schedule.between(20 * NS_PER_MS, 900 * NS_PER_MS) if is_stuck else self._quickly(1) // 8
         self._then("arrived", delay_ns, lambda: self._mark_begun(call))
 
+    def may_touch(self, number: int) -> bool:
+        """Whether this worker may yet touch the slot of a call that it holds."""
+        call = self.executes.get(number)
+        if number not in self.held or call is None:
+            return False
+        return call.is_taken_up or call.slot.withdrawn < call.sequence
+
     def _mark_begun(self, call: Execute) -> None:
+        if call.slot.withdrawn >= call.sequence:
+            self._pass_by(call)
+            return
+        call.is_taken_up = True
         self.world.auditor.slot_read(self.id, call.slot, call.generation)
         call.slot.begun = call.sequence
         self.world.auditor.marked_begun(call.slot.args, True)
@@ -183,7 +198,7 @@ class SimulatedWorker:
     def _judge(self, call: Execute) -> None:
         call.is_judged = True
         slot = call.slot
-        if self.world.schedule.now_ns >= call.deadline_ns or slot.withdrawn == call.sequence:
+        if self.world.schedule.now_ns >= call.deadline_ns or slot.withdrawn >= call.sequence:
             slot.begun = 0
             self.world.auditor.marked_begun(slot.args, False)
             self._write(call, 0, NOT_BEGUN)
@@ -266,6 +281,13 @@ class SimulatedWorker:
             self._perish()
         else:
             self._rest("idle")
+
+    def _pass_by(self, call: Execute) -> None:
+        """Leave a call alone that was taken back; say so at once."""
+        self._gathered.append((Done(call.sequence, 0, 0, 0, NOT_BEGUN), call.number))
+        self.world.counts["calls passed by"] += 1
+        self._send_gathered()
+        self._rest("idle")
 
     def _send_gathered(self) -> None:
         gathered, self._gathered = self._gathered, []

@@ -160,6 +160,18 @@ def test_no_more_calls_wait_for_a_contract_than_its_bound(bench: Bench) -> None:
     assert bench.failure.limit == f"calls queued for a contract: {QUEUE_MAX}"
 
 
+def test_a_full_queue_makes_room_for_a_host_that_has_fewer_calls_in_it(bench: Bench) -> None:
+    calls = [bench.call() for _ in range(CALLS_IN_FLIGHT_MAX)]
+    newest = calls[-1]
+    bench.call(host=OTHER_HOST)
+    bench.call(host=OTHER_HOST)
+    assert bench.failure.call_id == newest.header.call_id
+    assert (bench.failure.code, bench.failure.began) == (AbiErrorCode.BUSY, "no")
+    assert bench.failure.limit == f"calls queued for a contract: {QUEUE_MAX}"
+    assert "other hosts have fewer of them" in bench.failure.message
+    assert is_slot_free(bench, newest)
+
+
 def test_messages_of_a_host_that_was_sent_away_meanwhile_are_dropped(bench: Bench) -> None:
     call = bench.call()
     header = bench.header()

@@ -46,6 +46,31 @@ def test_a_full_queue_takes_nothing() -> None:
         queue.push("c", 3)
 
 
+@pytest.mark.parametrize(
+    ("owner", "item"),
+    [
+        pytest.param("c", 3, id="the newest of who has most, for one who has none"),
+        pytest.param("b", 3, id="for one who has as many afterwards"),
+        pytest.param("a", None, id="nothing for who has most"),
+    ],
+)
+def test_what_a_full_queue_gives_up(owner: str, item: int | None) -> None:
+    assert filled(("a", 1), ("a", 2), ("b", 10), ("a", 3)).displaceable(owner) == item
+
+
+def test_owners_with_nearly_as_many_items_give_nothing_up() -> None:
+    queue = filled(("a", 1), ("a", 2), ("b", 10))
+    assert queue.displaceable("b") is None
+    assert filled().displaceable("a") is None
+
+
+def test_an_over_full_queue_gives_nothing_up() -> None:
+    queue = filled(("a", 1), ("a", 2), bound=2)
+    assert queue.displaceable("b") == 2
+    queue.push_front("a", 0)
+    assert queue.displaceable("b") is None
+
+
 def test_a_removed_item_frees_its_place() -> None:
     queue = filled(("a", 1), ("a", 2), bound=2)
     queue.remove("a", 1)

@@ -12,6 +12,7 @@ from luacell.broker.books import ARENA_BITS
 from luacell.broker.catalogue import Catalogue
 from luacell.broker.causes import Cause
 from luacell.broker.dispatcher import Dispatcher
+from luacell.broker.handover import Handover
 from luacell.broker.model import BUSY, DOOMED, QUEUED, Call, Contract, Effect, KillWorker, SendResult, Worker
 from luacell.broker.timers import TimerWheel
 from luacell.broker.workforce import Workforce
@@ -132,6 +133,18 @@ def a_call_that_had_begun_is_sent_again(patch: Patch) -> None:
 @breakage
 def calls_behind_the_one_that_a_worker_is_killed_for_are_not_withdrawn(patch: Patch) -> None:
     patch.setattr(Dispatcher, "_take_back", lambda self, calls: None)
+
+
+@breakage
+def calls_are_taken_from_a_worker_that_may_have_come_to_them(patch: Patch) -> None:
+    spread = Handover._spread
+
+    def spread_blindly(self: Dispatcher, worker: Worker, now_ns: int, effects: Effects) -> None:
+        with patch.context() as inner:
+            inner.setattr(handover, "is_running", lambda call, seen: True)
+            spread(self, worker, now_ns, effects)
+
+    patch.setattr(Dispatcher, "_spread", spread_blindly)
 
 
 @breakage

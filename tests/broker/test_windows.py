@@ -25,7 +25,7 @@ from luacell.broker.model import (
 )
 from luacell.broker.windows import PACE_CALLS_MIN, REFILL_AT, SLOW_NS, WINDOW_MAX, WINDOW_NS, measure, room_of
 from luacell.protocol.errors import AbiErrorCode
-from luacell.protocol.headers import NOT_BEGUN, RETIRE
+from luacell.protocol.headers import NOT_BEGUN, RETIRE, Done
 from luacell.protocol.limits import NS_PER_MS
 from tests.broker.bench import CONTRACT, KILLED, OTHER_HOST, SEGFAULT, Bench, of_kind
 
@@ -433,3 +433,98 @@ def test_a_worker_whose_host_leaves_finishes_what_it_holds_and_gets_nothing_more
     assert worker.state is DOOMED
     bench.join_worker_host()
     assert bench.load_next().call is late
+
+
+# -- what waits behind a slow call, while others could run it -----------------------------------------------------
+def crowd(bench: Bench, **settings: Any) -> tuple[Worker, Worker, list[Call]]:
+    """Two workers with three calls each: one runs, two are ahead."""
+    one = bench.serve(workers=2, stateless=True, deadline_us=LONG_US, run_limit_us=LONG_US, **settings)
+    calls = [bench.call(), bench.call()]
+    other = bench.load_next()
+    calls += [bench.call() for _ in range(4)]
+    assert [len(each.held) for each in (one, other)] == [3, 3]
+    return one, other, calls
+
+
+def work_off(bench: Bench, worker: Worker) -> None:
+    while worker.call is not None:
+        bench.done(worker.call)
+
+
+def test_calls_behind_a_slow_one_go_to_the_worker_that_is_free(bench: Bench) -> None:
+    slow, free, _ = crowd(bench)
+    work_off(bench, free)
+    running, behind = slow.held[0], slow.held[1:]
+    numbers = [call.sequence for call in behind]
+    bench.begin(running)
+    bench.pass_ms(SLOW_MS + 5)
+    assert free.held[:1] == behind[:1]
+    assert slow.held == [running]
+    assert [bench.memory.slot_of(call).withdrawn for call in behind] == numbers
+    work_off(bench, free)
+    assert list(running.contract.queue) == behind[1:] or free.state is IDLE
+    bench.done(running)
+    for number in numbers:
+        bench.effects = bench.dispatcher.worker_done(slow, Done(number, 0, 0, 0, NOT_BEGUN), bench.now_ns)
+        assert not bench.has(SendResult)
+    assert slow.state in (IDLE, BUSY)
+
+
+def test_calls_behind_one_that_is_not_begun_stay_where_they_are(bench: Bench) -> None:
+    slow, free, _ = crowd(bench)
+    work_off(bench, free)
+    held = slow.held
+    bench.pass_ms(SLOW_MS + 5)
+    assert slow.held == held
+
+
+def test_calls_behind_one_that_has_just_ended_come_back_by_themselves(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, free, _ = crowd(bench)
+    work_off(bench, free)
+    running, *behind = slow.held
+    bench.begin(running)
+    at_withdrawal(bench, monkeypatch, lambda call: bench.finish(running))
+    bench.pass_ms(SLOW_MS + 5)
+    assert slow.held == [running, *behind]
+    bench.done(running)
+    for call in behind:
+        bench.done(call, flags=NOT_BEGUN)
+    assert {call.worker for call in behind} <= {slow, free, None}
+    assert not any(call.taken_back for call in behind)
+
+
+def test_what_was_given_up_behind_a_slow_call_is_released_when_it_is_withdrawn_for_good(bench: Bench) -> None:
+    slow, free, _ = crowd(bench)
+    work_off(bench, free)
+    running, cancelled, waiting = slow.held
+    bench.begin(running)
+    bench.cancel(cancelled)
+    bench.pass_ms(SLOW_MS + 5)
+    assert bench.only(SendReleased).call_id == cancelled.header.call_id
+    assert waiting.worker is free
+
+
+def test_a_worker_that_begins_what_was_taken_back_must_go(bench: Bench) -> None:
+    slow, free, _ = crowd(bench)
+    work_off(bench, free)
+    running, behind, _ = slow.held
+    number = behind.sequence
+    bench.begin(running)
+    bench.pass_ms(SLOW_MS + 5)
+    bench.done(running)
+    bench.effects = bench.dispatcher.worker_done(slow, Done(number, 0, 8, 0, 0), bench.now_ns)
+    assert slow.state is DOOMED
+    assert not bench.has(SendResult)
+
+
+def test_a_worker_says_what_it_passes_by_before_it_answers_for_later_calls(bench: Bench) -> None:
+    slow, free, _ = crowd(bench)
+    work_off(bench, free)
+    running, *behind = slow.held
+    numbers = [call.sequence for call in behind]
+    bench.begin(running)
+    bench.pass_ms(SLOW_MS + 5)
+    bench.effects = bench.dispatcher.worker_done(slow, Done(numbers[0], 0, 0, 0, NOT_BEGUN), bench.now_ns)
+    assert slow.state is DOOMED, "it is still in the slow call"

@@ -207,3 +207,20 @@ def test_service_that_cannot_start_says_why(tmp_path: Path) -> None:
         ended = Command()(verb, "--run-dir", str(tmp_path / "run"), "--state-dir", str(tmp_path / "state"))
         assert ended.code == 78
         assert f"state directory {tmp_path / 'state'} has mode 0755" in ended.errors
+
+
+@pytest.mark.parametrize("verb", ["serve", "broker", "worker-host"])
+def test_unknown_log_level_is_a_usage_error(tmp_path: Path, verb: str) -> None:
+    ended = Command()(verb, "--run-dir", str(tmp_path / "run"), "--log-level", "loud")
+    assert ended.code == 2
+    assert "loud" in ended.errors
+    assert "warning" in ended.errors
+    assert "Traceback" not in ended.errors
+
+
+@pytest.mark.parametrize("option", ["--run-dir", "--state-dir"])
+def test_empty_directory_is_a_usage_error(option: str) -> None:
+    ended = Command()("serve", option, "")
+    assert ended.code == 2
+    assert option in ended.errors
+    assert "the path is empty" in ended.errors

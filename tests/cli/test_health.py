@@ -151,6 +151,7 @@ def test_ready_gives_up_at_its_limit(tmp_path: Path) -> None:
         ({"worker_host": True, "spares_wanted": 0, "workers": []}, ""),
         ({"worker_host": True, "spares_wanted": 1, "workers": [{"state": "starting"}]}, "no worker is up"),
         ({"worker_host": True, "spares_wanted": 1, "workers": [{"state": "doomed"}]}, "no worker is up"),
+        ({"state": "draining", "worker_host": True, "workers": [{"state": "idle"}]}, "it is draining"),
         ({"worker_host": False, "spares_wanted": 1, "workers": [{"state": "blank"}]}, "its worker host is not"),
     ],
 )

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -150,6 +151,11 @@ def test_bridge_is_opened_by_a_block_or_by_await() -> None:
             await bridge
         with pytest.raises(Unavailable, match="no broker at /nonexistent"):
             await AsyncLuaHostBridge.connect("/nonexistent")
+        for endpoint in ("tcp://127.0.0.1:9", "ipc+inline:///nonexistent"):
+            with pytest.raises(
+                ValueError, match=f"endpoint '{re.escape(endpoint)}' is for hosts without shared memory"
+            ):
+                AsyncLuaHostBridge.connect(endpoint)
         with pytest.raises(ValueError, match="capacity 65"):
             AsyncLuaHostBridge.with_capacity(65)
         never_opened = AsyncLuaHostBridge()

@@ -187,16 +187,28 @@ def test_call_past_its_deadline_is_not_begun(bench: Bench) -> None:
     assert bench.memory.payload(0, 1) == b"\1", "the function ran for the first time"
 
 
-def test_withdrawn_call_is_not_begun(bench: Bench) -> None:
+def test_withdrawn_call_is_not_begun_and_its_slot_is_left_alone(bench: Bench) -> None:
     bench.function(COUNT)
     bench.memory.put(0, b"")
     record = bench.record()
     bench.memory.withdraw(0, record.sequence)
+    before = bytes(bench.memory.out)
     assert bench.run(record)
     assert bench.done() == Done(record.sequence, AbiErrorCode.OK, 0, 0, NOT_BEGUN)
-    assert bench.memory.words(0).begun == 0
+    assert bytes(bench.memory.out) == before
     assert bench.run(bench.record()), "another call in the slot is not meant"
     assert bench.done().flags == 0
+    assert bench.memory.payload(0, 1) == b"\1"
+
+
+def test_call_whose_slot_has_gone_on_without_it_is_not_begun(bench: Bench) -> None:
+    bench.function(COUNT)
+    bench.memory.put(0, b"")
+    earlier, later = bench.record(), bench.record()
+    bench.memory.withdraw(0, later.sequence)
+    assert bench.run(earlier)
+    assert bench.done() == Done(earlier.sequence, AbiErrorCode.OK, 0, 0, NOT_BEGUN)
+    bench.call()
     assert bench.memory.payload(0, 1) == b"\1"
 
 

@@ -31,7 +31,7 @@ from luacell.broker.signals import SignalPipe
 from luacell.broker.statedir import StateDirectory
 from luacell.protocol.endpoints import TcpEndpoint, parse_tcp
 from luacell.protocol.limits import SPARES_MAX
-from luacell.protocol.logs import configure_queued_logging
+from luacell.protocol.logs import LEVELS, configure_queued_logging
 from luacell.protocol.paths import STATE_DIRECTORY
 from luacell.protocol.startup import put_right
 
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             _end_with(options.parent, run_directory, options.ephemeral)
         state_directory = StateDirectory(options.state_dir or options.run_dir / STATE_DIRECTORY, LOCK_WAIT_S)
         registry_store = RegistryStore(state_directory.registry, durable=not options.ephemeral)
-        server = Server(run_directory, options.spares, registry_store, options.tcp)
+        server = Server(run_directory, options.spares, registry_store, options.tcp, options.parent)
     except (DirectoryError, StoreError, BindError) as error:
         print(f"luacell broker: {error}", file=sys.stderr)
         return EXIT_REFUSED
@@ -105,7 +105,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--spares", type=_spares, default=1, help="blank workers to keep warm")
     parser.add_argument("--tcp", type=_tcp, help="tcp://HOST:PORT on loopback for hosts without shared memory")
-    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-level", choices=LEVELS, default="info")
     parser.add_argument("--parent", type=int, help="pid to end with")
     parser.add_argument("--ephemeral", action="store_true", help="remove the run directory at the end")
     parser.add_argument("--ready-fd", type=int, help="descriptor to write a byte to when serving")

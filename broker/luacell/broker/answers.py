@@ -56,16 +56,22 @@ def are_flags_right(header: headers.Call) -> bool:
 
 
 def over_bound(session: Session, contract: Contract) -> Refusal | None:
-    """Return which bound one more call would exceed, or None."""
+    """Return which bound one more call would exceed, or None.
+
+    A full queue takes one where another host's can be displaced for it.
+    """
     busy = AbiErrorCode.BUSY
     if len(session.calls) >= CALLS_IN_FLIGHT_MAX:
         limit = f"calls in flight per host: {CALLS_IN_FLIGHT_MAX}"
         return Refusal(busy, f"the bound on {limit} is reached; retry when one has ended", limit)
-    if contract.queue.is_full:
-        limit = f"calls queued for a contract: {len(contract.queue)}"
-        title = contract.record.title
-        return Refusal(busy, f"{title}: the bound on {limit} is reached; retry later", limit)
+    if contract.queue.is_full and contract.queue.displaceable(session) is None:
+        limit = _queue_limit(contract)
+        return Refusal(busy, f"{contract.record.title}: the bound on {limit} is reached; retry later", limit)
     return None
+
+
+def _queue_limit(contract: Contract) -> str:
+    return f"calls queued for a contract: {len(contract.queue)}"
 
 
 def no_worker(contract: Contract, workers_max: int) -> Refusal:
@@ -94,6 +100,13 @@ def unregistered(call: Call) -> SendFailure:
     contract_id = format_id(call.header.contract_id)
     text = f"host contract not found: contract_id={contract_id} (unregistered meanwhile)"
     return SendFailure(call.session.id, call.header.call_id, AbiErrorCode.HOST_CONTRACT_NOT_FOUND, text)
+
+
+def displaced(call: Call, now_ns: int) -> SendFailure:
+    """Say that a queued call has made room for one of a host that has fewer of them."""
+    limit = _queue_limit(call.contract)
+    text = f"{call.title}: the bound on {limit} is reached, and other hosts have fewer of them; retry later"
+    return _failure(call, AbiErrorCode.BUSY, text, "no", now_ns, limit=limit)
 
 
 def cancelled(call: Call, began: Began, now_ns: int, *, by: str = "its caller", slot: str = "free") -> SendFailure:

@@ -150,9 +150,19 @@ class Dispatcher(Handover):
         if worker is not None:
             self._hand_ahead(worker, call, now_ns, effects)
         else:
+            if contract.queue.is_full:
+                self._displace(contract, session, now_ns, effects)
             contract.queue.push(session, call)
             self.catalogue.staff(contract, now_ns, effects)
         return effects
+
+    def _displace(self, contract: Contract, session: Session, now_ns: int, effects: list[Effect]) -> None:
+        """Make room in a full queue for a call of `session`: a host with many calls must not keep others out."""
+        call = contract.queue.displaceable(session)
+        assert call is not None, "it was looked for before the call was taken"
+        effects.append(answers.displaced(call, now_ns))
+        contract.queue.remove(call.session, call)
+        self._end(call, effects)
 
     def quick_call(self, session_id: bytes, header: headers.Call, now_ns: int) -> Call | None:
         """Do what `call_arrived` does where nothing is unusual.
@@ -337,6 +347,10 @@ class Dispatcher(Handover):
     def worker_done(self, worker: Worker, done: headers.Done, now_ns: int) -> list[Effect]:
         """A worker answers for the call that it has held longest."""
         effects: list[Effect] = []
+        if self._has_passed(worker, done.sequence):
+            if not done.flags & headers.NOT_BEGUN:
+                self._dismiss(worker, "it began a call that was taken back", now_ns, effects)
+            return effects
         held = worker.finished or ((worker.call,) if worker.call is not None else ())
         if not held or done.sequence != held[0].sequence:
             verdict = f"it answered for call {done.sequence}, which is not its turn"
@@ -473,7 +487,9 @@ class Dispatcher(Handover):
         silence_max_ns = max(SILENCE_MAX_NS, worker.contract.run_limit_ns if worker.contract else 0)
         if worker.call is None and now_ns - worker.silent_ns >= silence_max_ns:
             self._dismiss(worker, "it marked a call as done and does not answer for it", now_ns, effects)
-        elif worker.timer is None and (worker.call is None or worker.ahead or worker.finished):
+            return
+        self._spread(worker, now_ns, effects)
+        if worker.timer is None and (worker.call is None or worker.ahead or worker.finished):
             worker.timer = self._wheel.set(now_ns + SLOW_NS, worker)
 
     def _call_due(self, call: Call, now_ns: int, effects: list[Effect]) -> None:

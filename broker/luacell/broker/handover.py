@@ -258,6 +258,37 @@ class Handover:
         if worker.call is call:
             self._dismiss(worker, verdict, now_ns, effects)
 
+    def _spread(self, worker: Worker, now_ns: int, effects: list[Effect]) -> None:
+        """Give the calls behind a slow one to other workers of the contract, where it may have any.
+
+        They are withdrawn while the worker is seen inside the slow call: it cannot have come to them, and will leave
+        their slots alone when it does.
+        """
+        running, contract = worker.call, worker.contract
+        if not worker.ahead or running is None or contract is None or contract.workers_max == 1:
+            return
+        if now_ns - running.sent_ns < SLOW_NS or not is_running(running, self._memory.look(running)):
+            return
+        behind = list(worker.ahead)
+        self._take_back(behind)
+        if not is_running(running, self._memory.look(running)):  # it has just ended: the worker says what it passes by
+            return
+        worker.ahead.clear()
+        worker.passed.extend(call.sequence for call in behind)
+        for call in behind:
+            if call.answered:
+                self._release_answered(call, effects)
+        self._requeue([call for call in behind if not call.answered], now_ns, effects)
+
+    def _has_passed(self, worker: Worker, sequence: int) -> bool:
+        """Note that a worker has come to a call that was taken back from it; tell whether that is so."""
+        passed = worker.passed
+        is_next = bool(passed) and passed[0] == sequence and not worker.finished
+        if is_next and (worker.call is None or worker.call.sequence > sequence):
+            passed.popleft()
+            return True
+        return False
+
     def _take_back(self, calls: Iterable[Call]) -> None:
         """Forbid a worker to begin calls that it holds; when it has passed them by, others get them."""
         for call in calls:

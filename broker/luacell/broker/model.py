@@ -191,6 +191,7 @@ class Worker:
         pid: 0 until the worker host has reported it.
         call: the one that it runs, or is about to begin, as far as the broker knows.
         ahead: calls that it holds besides and has not begun, in order.
+        passed: numbers of hand-overs that were taken back while it ran the one before them; it has to say so.
         finished: calls that it has marked as done and not answered for yet, in order.
         silent_ns: since when it has marked all that it holds as done, or last answered for some of that.
         verdict: why it is doomed, for the caller that hears of its death, or "".
@@ -207,6 +208,7 @@ class Worker:
     contract: Contract | None = None
     call: Call | None = None
     ahead: deque[Call] = field(default_factory=deque)
+    passed: deque[int] = field(default_factory=deque)
     finished: deque[Call] = field(default_factory=deque)
     silent_ns: int = 0
     served: int = 0

@@ -72,6 +72,17 @@ class FairQueue(Generic[Owner, Item]):
         if not lane:
             del self._lanes[owner]
 
+    def displaceable(self, owner: Owner) -> Item | None:
+        """Return the item that a full queue gives up for one of `owner`, or None where that would not be fair.
+
+        It is the newest of who has most queued, and at least as many as `owner` would have then. A queue that holds
+        more than its bound gives nothing up: one item less would not make room.
+        """
+        longest: OrderedDict[Item, None] = max(self._lanes.values(), key=len, default=OrderedDict())
+        if self.count > self._bound or len(longest) < len(self._lanes.get(owner, ())) + 2:
+            return None
+        return next(reversed(longest))
+
     def drain(self) -> list[Item]:
         """Remove and return everything, in the order `pop` would have."""
         items: list[Item] = []

@@ -91,6 +91,7 @@ class Server:
         spares: blank workers to keep.
         registry_store: the registry's file; the server closes it.
         tcp: where hosts without shared memory may connect besides, or None.
+        parent: pid of the process that started this broker and its worker host; None takes any worker host.
 
     Raises:
         StoreError: what is in the file cannot be served.
@@ -98,7 +99,12 @@ class Server:
     """
 
     def __init__(
-        self, run_directory: RunDirectory, spares: int, registry_store: RegistryStore, tcp: TcpEndpoint | None = None
+        self,
+        run_directory: RunDirectory,
+        spares: int,
+        registry_store: RegistryStore,
+        tcp: TcpEndpoint | None = None,
+        parent: int | None = None,
     ) -> None:
         records = registry_store.records()
         self._run_directory = run_directory
@@ -116,7 +122,7 @@ class Server:
         )
         self._restore(records, registry_store)
         self._outbox = outbox = Outbox(self._router, self._expel)
-        self._workers = Workers(dispatcher, self._store, self._watcher, self._perform, self._on_answers)
+        self._workers = Workers(dispatcher, self._store, self._watcher, self._perform, self._on_answers, parent)
         self._keeper = Keeper(registry_store, lambda tell: self._watcher.order(lambda: WorkDone(tell)))
         facts = {
             "version": __version__,

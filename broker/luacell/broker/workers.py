@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Final
 
 from luacell.broker import model
@@ -60,6 +61,7 @@ class Workers:
         watcher: reports deaths.
         perform: performs effects.
         on_answers: acts on the DONE records of a worker.
+        parent: pid of the process whose child the worker host must be, as this broker is; None takes any.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Workers:
         watcher: Watcher,
         perform: Callable[[Iterable[Effect]], None],
         on_answers: Callable[[Worker, Iterable[tuple[int, ...]], int], None],
+        parent: int | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._workforce = dispatcher.workforce
@@ -76,6 +79,7 @@ class Workers:
         self._watcher = watcher
         self._perform = perform
         self._on_answers = on_answers
+        self._parent = parent
         self._host: socket.socket | None = None
         self._host_leaves = False
         self._links: dict[int, WorkerLink] = {}
@@ -117,15 +121,18 @@ class Workers:
         """A worker host has said hello.
 
         Raises:
-            ProtocolError: there is one already.
+            ProtocolError: there is one already, or it is another service's: it has not the parent of this broker.
         """
+        pid = peer_pid(channel)
+        if self._parent is not None and _parent_of(pid) not in (self._parent, None):
+            raise ProtocolError(f"worker host {pid} is no child of process {self._parent}, which started this broker")
         if self._host is not None and _is_at_end(self._host):  # the watcher has not come to telling yet
             self._watcher.forget_channel(self._host)
             self.host_left("its channel is at its end")
         if self._host is not None:
             raise ProtocolError("this broker has a worker host already")
         self._host = channel
-        log.info("worker host joined", extra={"fields": {"pid": peer_pid(channel)}})
+        log.info("worker host joined", extra={"fields": {"pid": pid}})
 
     def start(self) -> None:
         """Order the first workers, now that the worker host has been welcomed."""
@@ -319,3 +326,12 @@ def _is_at_end(channel: socket.socket) -> bool:
     poll = select.poll()
     poll.register(channel, select.POLLRDHUP)
     return bool(poll.poll(0))
+
+
+def _parent_of(pid: int) -> int | None:
+    """Return the pid of a process's parent, or None where that cannot be seen: in another namespace, or it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[1])  # proc_pid_stat(5): the name may hold anything

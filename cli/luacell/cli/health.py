@@ -76,6 +76,8 @@ def _look(endpoint: str | None) -> str:
 
 def unreadiness(state: Mapping[str, Any]) -> str:
     """Tell why a service cannot serve a call now, or "" where it can."""
+    if state.get("state") == "draining":
+        return "it is draining: it finishes the calls that it has and takes no new ones"
     if not state.get("worker_host", True):
         return "the broker is there, its worker host is not"
     if state.get("spares_wanted", 1) and not any(worker["state"] in _SERVING for worker in state["workers"]):

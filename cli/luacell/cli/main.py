@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from luacell.cli import bench, contracts, health
-from luacell.cli.options import LogLevel, RunDir, Spares, StateDir, Tcp
+from luacell.cli.options import Level, LogLevel, RunDir, Spares, StateDir, Tcp
 from luacell.protocol.paths import STATE_DIRECTORY, default_run_directory, default_state_directory
 from luacell.protocol.release import __version__
 
@@ -47,7 +47,7 @@ def serve(
     state_dir: StateDir = None,
     tcp: Tcp = None,
     spares: Spares = 1,
-    log_level: LogLevel = "info",
+    log_level: Level = LogLevel.INFO,
 ) -> None:
     """Run a whole service in the foreground: broker, worker host and their parent."""
     _become("luacell.cli.serve", _run_dir(run_dir), *_broker_options(run_dir, state_dir, tcp, spares, log_level))
@@ -59,14 +59,14 @@ def broker(
     state_dir: StateDir = None,
     tcp: Tcp = None,
     spares: Spares = 1,
-    log_level: LogLevel = "info",
+    log_level: Level = LogLevel.INFO,
 ) -> None:
     """Run a broker alone, as containers do."""
     _become("luacell.broker", _run_dir(run_dir), *_broker_options(run_dir, state_dir, tcp, spares, log_level))
 
 
 @app.command("worker-host")
-def worker_host(run_dir: RunDir = None, log_level: LogLevel = "info") -> None:
+def worker_host(run_dir: RunDir = None, log_level: Level = LogLevel.INFO) -> None:
     """Run a worker host alone; it serves the broker of its run directory."""
     _become("luacell.worker", _run_dir(run_dir), "--log-level", log_level)
 
@@ -85,7 +85,7 @@ def _state_dir(run_dir: Path | None, given: Path | None) -> Path:
 
 
 def _broker_options(
-    run_dir: Path | None, state_dir: Path | None, tcp: str | None, spares: int, log_level: str
+    run_dir: Path | None, state_dir: Path | None, tcp: str | None, spares: int, log_level: LogLevel
 ) -> list[str]:
     own = ["--state-dir", str(_state_dir(run_dir, state_dir)), "--spares", str(spares), "--log-level", log_level]
     return [*own, *(["--tcp", tcp] if tcp is not None else [])]

@@ -24,6 +24,7 @@ class Notifier:
         address = environment.pop(VARIABLE, "")
         self._address = f"\0{address[1:]}" if address.startswith("@") else address
         self._socket: socket.socket | None = None
+        self._told = ""
         if self._address[:1] in ("/", "\0"):
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
 
@@ -36,12 +37,14 @@ class Notifier:
         self._send("STOPPING=1", status)
 
     def status(self, status: str) -> None:
-        """Tell people how the service is, in one line."""
-        self._send("", status)
+        """Tell people how the service is, in one line; nothing is sent when that is what they were told last."""
+        if status != self._told:
+            self._send("", status)
 
     def _send(self, state: str, status: str) -> None:
         if self._socket is None:
             return
+        self._told = status
         lines = [*([state] if state else []), "STATUS=" + " ".join(status.splitlines())]
         with contextlib.suppress(OSError, ValueError):
             self._socket.sendto("\n".join(lines).encode("utf-8", "replace"), self._address)

@@ -21,6 +21,16 @@ class Output(StrEnum):
     JSON = "json"
 
 
+class LogLevel(StrEnum):
+    """The least grave records that are told."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+    CRITICAL = "critical"
+
+
 def contract_of(text: str) -> int | str:
     """Read a contract as the command line names it: `host.name@1`, or its id in hex.
 
@@ -46,6 +56,13 @@ def registered_names(context: typer.Context, incomplete: str) -> list[str]:
         return []
 
 
+def _directory(text: str) -> Path:
+    """Refuse no directory at all: a variable of a shell that is not set."""
+    if not text:
+        raise typer.BadParameter("the path is empty")
+    return Path(text)
+
+
 def _tcp(text: str) -> str:
     """Refuse an endpoint that a broker would refuse, before anything is started."""
     return str(parse_tcp(text, may_choose=True))
@@ -68,12 +85,20 @@ Endpoint = Annotated[
 OutputFormat = Annotated[Output, typer.Option("--output", help="How to print: text for people, json for programs.")]
 RunDir = Annotated[
     Path | None,
-    typer.Option("--run-dir", help="Directory of the sockets, mode 0700; the default one if unset."),
+    typer.Option(
+        "--run-dir",
+        parser=_directory,
+        metavar="PATH",
+        help="Directory of the sockets, mode 0700; the default one if unset.",
+    ),
 ]
 StateDir = Annotated[
     Path | None,
     typer.Option(
-        "--state-dir", help="Directory of the registry, mode 0700; if unset RUN_DIR/state, or the default one."
+        "--state-dir",
+        parser=_directory,
+        metavar="PATH",
+        help="Directory of the registry, mode 0700; if unset RUN_DIR/state, or the default one.",
     ),
 ]
 Tcp = Annotated[
@@ -85,5 +110,5 @@ Tcp = Annotated[
         help="Where hosts without shared memory may connect; port 0 lets the system choose.",
     ),
 ]
-LogLevel = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
+Level = Annotated[LogLevel, typer.Option("--log-level", help="The least grave records that are told.")]
 Spares = Annotated[int, typer.Option("--spares", min=0, max=SPARES_MAX, help="Blank workers to keep warm.")]

@@ -27,7 +27,7 @@ from luacell.broker.signals import SignalPipe
 from luacell.cli.children import Child, become_subreaper, reap_orphans
 from luacell.cli.notify import Notifier
 from luacell.cli.restarts import INTENSITY, PERIOD_S, Restarts
-from luacell.protocol.logs import configure_logging
+from luacell.protocol.logs import LEVELS, configure_logging
 from luacell.protocol.startup import put_right
 
 DRAIN_LIMIT_S: Final = 25.0  # what the broker takes for calls in flight
@@ -52,6 +52,7 @@ class Parent:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
+        self._status = f"serving at {options.run_dir}"
         self._notifier = Notifier(os.environ)
         self._children: dict[str, Child] = {}
         self._restarts = {
@@ -152,6 +153,8 @@ class Parent:
                 os.close(report)
         else:
             child = Child(name, [*self._command("luacell.worker")])
+            if self._was_ready and BROKER in self._children and BROKER not in self._kills:
+                self._notifier.status(self._status)
         self._expected.discard(name)
         self._children[name] = child
         self._poll.register(child.pidfd, select.POLLIN)
@@ -177,13 +180,12 @@ class Parent:
         if not is_ready or self._exit_code is not None:
             return
         self._kills.pop(BROKER, None)
-        status = f"serving at {self._options.run_dir}"
         log.info("serving", extra={"fields": {"run_dir": str(self._options.run_dir)}})
         if self._was_ready:
-            self._notifier.status(status)
+            self._notifier.status(self._status)
             return
         self._was_ready = True
-        self._notifier.ready(status)
+        self._notifier.ready(self._status)
         if self._options.ready_fd is not None:
             with contextlib.suppress(BrokenPipeError):
                 os.write(self._options.ready_fd, b"1")
@@ -312,7 +314,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--state-dir", type=Path, help="RUN_DIR/state if not given")
     parser.add_argument("--spares", type=int, default=1)
-    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-level", choices=LEVELS, default="info")
     parser.add_argument("--tcp", help="tcp://HOST:PORT on loopback for hosts without shared memory")
     parser.add_argument("--host", type=int, help="pid of the host to end with")
     parser.add_argument("--ready-fd", type=int, help="descriptor to write a byte to when serving")

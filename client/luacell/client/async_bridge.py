@@ -20,7 +20,7 @@ from luacell.client.async_link import AsyncLink
 from luacell.client.deployment import Deployment
 from luacell.client.description import TypedContracts, choose
 from luacell.client.embedded import EmbeddedService
-from luacell.client.endpoint import run_directory_of
+from luacell.client.endpoint import inline_address_of, run_directory_of
 from luacell.client.function import LuaFunction
 from luacell.client.lifecycle import Bridge
 from luacell.client.link import Budget, Place, may_look_again
@@ -52,6 +52,7 @@ from luacell.protocol.errors import (
     Unavailable,
 )
 from luacell.protocol.identity import ContractRef
+from luacell.protocol.paths import ENDPOINT_VARIABLE
 
 
 class AsyncLuaHostBridge(Bridge):
@@ -94,8 +95,15 @@ class AsyncLuaHostBridge(Bridge):
             endpoint: its run directory, or `ipc://` and that; None takes `$LUACELL_ENDPOINT`, else the default place.
 
         Raises:
-            ValueError: the endpoint is malformed.
+            ValueError: the endpoint is malformed, or is one for hosts without shared memory (`tcp://…`,
+                `ipc+inline://…`): those have a `LuaHostBridge`.
         """
+        if inline_address_of(endpoint) is not None:
+            given = os.fspath(endpoint or os.environ[ENDPOINT_VARIABLE])
+            raise ValueError(
+                f"endpoint {given!r} is for hosts without shared memory, which AsyncLuaHostBridge does not serve; "
+                "LuaHostBridge does, in a thread: asyncio.to_thread"
+            )
         place = Place(run_directory_of(endpoint), None)
 
         async def known() -> Place:

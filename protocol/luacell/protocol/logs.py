@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Final
 
 STDERR: Final = 2
+LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 RECORDS_MAX: Final = 1024  # waiting for the writer thread; a record has 3 KiB of a contract's text at most
 WRITE_LIMIT_MS: Final = 1000  # for one line, where the descriptor refuses to block
 CLOSE_LIMIT_S: Final = 0.5  # for what still waits when a process ends

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Final
 
 from luacell.protocol.errors import ProtocolError
-from luacell.protocol.logs import configure_logging
+from luacell.protocol.logs import LEVELS, configure_logging
 from luacell.protocol.memory.channel import ChannelClosed
 from luacell.protocol.startup import put_right
 from luacell.worker import sandbox
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="luacell worker-host", description="Run a worker host.")
     parser.add_argument("--run-dir", type=Path, required=True, help="run directory of the broker")
-    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-level", choices=LEVELS, default="info")
     parser.add_argument("--parent", type=int, help="pid to end with")
     return parser.parse_args(arguments)
 

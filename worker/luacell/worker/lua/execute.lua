@@ -10,7 +10,7 @@ local bit = require("bit")
 local cast, copy, fill, C = ffi.cast, ffi.copy, ffi.fill, ffi.C
 local band, rshift = bit.band, bit.rshift
 local xpcall, pcall, type, tostring, tonumber, error = xpcall, pcall, type, tostring, tonumber, error
-local sub, traceback, floor, stderr = string.sub, debug.traceback, math.floor, io.stderr
+local sub, find, traceback, floor, stderr = string.sub, string.find, debug.traceback, math.floor, io.stderr
 local setmetatable = setmetatable
 
 ffi.cdef [[
@@ -153,6 +153,10 @@ end
 -- What a failed call is told: code, text, flags.
 local function judged(text)
   if not handled then
+    -- LuaJIT skips the handler for two errors: no memory is left, or a compiled trace ended without room for its frames.
+    if type(text) == "string" and find(text, "stack overflow", 1, true) then
+      return CALL_FAILED, "Lua exception: " .. cut(text, MESSAGE_MAX), 0
+    end
     return OUT_OF_MEMORY, "Lua exception: " .. cut(described(text), MESSAGE_MAX), RETIRE
   end
   if chosen_code then return chosen_code, text, 0 end
@@ -178,6 +182,11 @@ local function execute(index, place)
     return 0
   end
   local args_slot, out_slot = pair.args + position * pair.args_stride, pair.out + position * pair.out_stride
+  -- One that was taken back in time is left alone altogether: its slot may be another worker's by now.
+  if cast("uint64_t *", args_slot + WITHDRAWN)[0] >= sequence then
+    answer.flags = NOT_BEGUN
+    return NOT_BEGUN
+  end
   if cast("uint64_t *", args_slot)[0] ~= record.generation then
     finish(answer, out_slot, sequence, STALE_HANDLE, 0, "the slot's generation is not the call's", 0)
     return 0
@@ -187,7 +196,7 @@ local function execute(index, place)
   barrier()
   local at_ns = clock_ns()
   deadline_ns = tonumber(record.deadline_ns)
-  if at_ns >= deadline_ns or cast("uint64_t *", args_slot + WITHDRAWN)[0] == sequence then
+  if at_ns >= deadline_ns or cast("uint64_t *", args_slot + WITHDRAWN)[0] >= sequence then
     words.begun = 0
     finish(answer, out_slot, sequence, OK, 0, nil, NOT_BEGUN)
     return NOT_BEGUN

@@ -36,7 +36,7 @@ local COUNT_AT = 4 -- of a preamble
 local ANSWERS_MAX = 256 -- gathered at most
 local GATHER_NS = 100000 -- and for this long at most
 local SLOW_NS = 100000 -- a function that took longer the last time is not begun with answers at hand
-local AHEAD, RETIRE = 4, 1
+local AHEAD, RETIRE, NOT_BEGUN = 4, 1, 2
 local FUNCTIONS = 255 -- those with equal low bits share what is known of their pace
 
 local socket = cast("void *", cast("uintptr_t", socket_address))
@@ -96,6 +96,7 @@ local function run()
       answer()
       return "retire"
     end
+    if flags == NOT_BEGUN then answer() end -- the broker cannot see it in the slot, and waits for it
   end
 end
 
