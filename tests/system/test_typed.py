@@ -32,7 +32,7 @@ from luacell.protocol.limits import MIB
 from tests.support.apis import SVC, apis, bits, values
 from tests.support.contracts import failure
 from tests.support.in_process import InProcess
-from tests.support.processes import resident_kib, workers_of
+from tests.support.processes import broker_pid, resident_kib, run_directory, workers_of
 from tests.support.typed_contracts import (
     COUNTER_LUA,
     SVC_LUA,
@@ -95,7 +95,7 @@ def test_drawn_descriptions_and_values_come_back_as_in_process(bridge: LuaHostBr
             marshaller = alone.functions[function.name]
             same = [value for param, value in zip(function.params, args, strict=True) if param.type == function.result]
             if not same and marshaller.out_size:
-                error = failure(bridge, alone.contract.id, function.id, args=marshaller.pack(args), out_size=65536)
+                error = failure(bridge, int(alone.contract.id), function.id, args=marshaller.pack(args), out_size=65536)
                 assert type(error) is HostContractCallFailed
                 assert f"{alone.contract} {function.name}: result" in error.message
                 continue
@@ -158,7 +158,7 @@ def test_raw_calls_by_the_known_layout_reach_the_default_instance(bridge: LuaHos
     one = struct.pack("<I", 1)
     assert [bridge.call(COUNTER, 0, one, 4) for _ in range(2)] == [struct.pack("<I", n) for n in (1, 2)]
     assert counter.add(1) == 1
-    with LuaHostBridge.connect(str(bridge.health()["run_directory"])) as other:
+    with LuaHostBridge.connect(run_directory(broker_pid(bridge))) as other:
         assert other.call(COUNTER, 0, one, 4) == one
     error = failure(bridge, COUNTER, 5, args=b"", out_size=4)
     assert error.code is AbiErrorCode.FUNCTION_NOT_AVAILABLE
@@ -220,7 +220,7 @@ def test_instance_outlives_the_memory_that_its_calls_used(counter: Any) -> None:
 
 def test_singleton_counts_together_over_hosts(bridge: LuaHostBridge, tmp_path: Path) -> None:
     counter = deploy_typed(bridge, tmp_path, counter_api(singleton=True), COUNTER_LUA)
-    with LuaHostBridge.connect(str(bridge.health()["run_directory"])) as other:
+    with LuaHostBridge.connect(run_directory(broker_pid(bridge))) as other:
         assert [counter.add(1), other.contract("host.counter").add(1), counter.add(1)] == [1, 2, 3]
     assert bridge.contract("host.counter").add(1) == 4
 
@@ -251,7 +251,7 @@ def test_dropped_proxy_destroys_its_instance(bridge: LuaHostBridge, counter: Any
 
 
 def test_close_destroys_instances(bridge: LuaHostBridge, counter: Any) -> None:
-    with LuaHostBridge.connect(str(bridge.health()["run_directory"])) as other:
+    with LuaHostBridge.connect(run_directory(broker_pid(bridge))) as other:
         proxies = [other.contract("host.counter") for _ in range(3)]
         assert [proxy.add(1) for proxy in proxies] == [1, 1, 1]
         other.call(COUNTER, 0, struct.pack("<I", 1), 4)
@@ -270,7 +270,7 @@ sys.stdin.read()
 
 
 def test_death_of_a_host_destroys_its_instances(bridge: LuaHostBridge, counter: Any) -> None:
-    command = [sys.executable, "-c", HOST, str(bridge.health()["run_directory"])]
+    command = [sys.executable, "-c", HOST, run_directory(broker_pid(bridge))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as host:
         assert host.stdout is not None
         assert host.stdout.readline() == b"ready\n"
@@ -305,7 +305,7 @@ def test_ten_thousand_instances_leave_nothing(bridge: LuaHostBridge, counter: An
 # -- the asyncio bridge ----
 def test_async_proxies_are_awaited(bridge: LuaHostBridge, counter: Any) -> None:
     async def main() -> None:
-        async with await AsyncLuaHostBridge.connect(str(bridge.health()["run_directory"])) as mine:
+        async with await AsyncLuaHostBridge.connect(run_directory(broker_pid(bridge))) as mine:
             proxy, other = await mine.contract("host.counter"), await mine.contract("host.counter", "1.0")
             assert sorted(await asyncio.gather(*(proxy.add(1) for _ in range(20)))) == list(range(1, 21))
             assert await other.with_options(timeout=5.0).add(1) == 1

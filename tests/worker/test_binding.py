@@ -22,7 +22,8 @@ name = "Point"
 fields = [{ name = "x", type = "f32" }, { name = "y", type = "f32" }]
 [[types]]
 name = "Line"
-fields = [{ name = "start", type = "Point" }, { name = "label", type = "StringView" }, { name = "stop", type = "Point" }]
+fields = [{ name = "start", type = "Point" }, { name = "label", type = "StringView" },
+          { name = "stop", type = "Point" }]
 [[types]]
 name = "Path"
 fields = [{ name = "lines", type = "Array<Line>" }, { name = "closed", type = "bool" }]

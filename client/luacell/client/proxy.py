@@ -23,8 +23,8 @@ from luacell.client.description import Shared
 from luacell.client.typed.marshaller import Marshaller
 from luacell.protocol.errors import BufferTooSmall, CallError
 from luacell.protocol.limits import PAYLOAD_MAX
+from luacell.protocol.messages import IN_INSTANCE
 
-IN_INSTANCE: Final = 0x8000_0000
 FETCH, CREATE, DESTROY = 0xFFFF_FFFF, 0xFFFF_FFFE, 0xFFFF_FFFD
 _HEAD: Final = struct.Struct("<QQ")
 _TOKEN: Final = struct.Struct("<Q")
