@@ -52,7 +52,7 @@ def test_pipeline_reads_any_file(tmp_path: Path) -> None:
     done = run("csv", str(path))
     assert done.stderr == ""
     assert done.stdout.splitlines()[:2] == [
-        "Station 0: 20 x 0.0 / 17.5 / 39.0 C",
-        "Station 1: 20 x 0.0 / 18.5 / 39.0 C",
+        "Station 0: 20 x 0.0 / 16.5 / 39.0 C",
+        "Station 1: 20 x 0.0 / 15.5 / 37.0 C",
     ]
     assert done.stdout.endswith("two\nlines: 1 x 20.0 / 20.0 / 20.0 C\n")
