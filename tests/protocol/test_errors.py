@@ -52,6 +52,16 @@ BRIDGE_ERRORS = [
         {"contract_id": 0x4D2, "expected": "Lua function", "got": "Lua table"},
     ),
     (
+        errors.TypeMismatch.of_lua(0x4D2, "nil"),
+        "implementation type mismatch for contract_id=0x00000000000004D2: expected Lua function, got Lua nil",
+        {"contract_id": 0x4D2, "expected": "Lua function", "got": "Lua nil"},
+    ),
+    (
+        errors.TypeMismatch.of_lua(0x4D2, "table function"),
+        "implementation type mismatch for contract_id=0x00000000000004D2: expected Lua table, got Lua function",
+        {"contract_id": 0x4D2, "expected": "Lua table", "got": "Lua function"},
+    ),
+    (
         errors.VmRegistrationFailed(0x4D2, "kv.lua:1: unexpected symbol"),
         "VM registration failed for contract_id=0x00000000000004D2: kv.lua:1: unexpected symbol",
         {"contract_id": 0x4D2, "reason": "kv.lua:1: unexpected symbol"},

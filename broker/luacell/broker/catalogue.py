@@ -202,7 +202,7 @@ class Catalogue:
         contract_id, title = contract.record.id, contract.record.title
         error: TypeMismatch | VmRegistrationFailed
         if problem == "type":
-            error = TypeMismatch(contract_id, "Lua function", f"Lua {reason}")
+            error = TypeMismatch.of_lua(contract_id, reason)
         else:
             error = VmRegistrationFailed(contract_id, reason)
         effects.append(SendReply(request, type(error).__name__, AbiErrorCode.GENERIC, reason))

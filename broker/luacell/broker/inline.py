@@ -107,7 +107,7 @@ class InlineCall:
         self.host = host
         self.asked = asked
         self.first = first
-        self.title = f"{contract.record.title} fn {asked.fn_id}"
+        self.title = contract.record.title_of(asked.fn_id)
         self.arrived_ns = now_ns
         budget_us = asked.budget_us if 0 < asked.budget_us < contract.deadline_us else contract.deadline_us
         self.deadline_ns = now_ns + budget_us * NS_PER_US

@@ -115,7 +115,7 @@ class Call:
     @property
     def title(self) -> str:
         """The call as messages name it."""
-        return f"{self.contract.record.title} fn {self.header.fn_id}"
+        return self.contract.record.title_of(self.header.fn_id)
 
 
 @dataclass(slots=True, eq=False)

@@ -12,7 +12,7 @@ from typing import Any
 
 from luacell.protocol.identity import HostContractId, Version, format_id
 from luacell.protocol.limits import LISTED_CONTRACTS_MAX
-from luacell.protocol.messages import Register, Settings, id_of
+from luacell.protocol.messages import API_MODULE, IN_INSTANCE, OF_INSTANCES, Register, Settings, id_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,11 @@ class ContractRecord:
         if self.version is None:
             return format_id(self.id)
         return f"{self.name}@{self.version.major}"
+
+    def title_of(self, fn_id: int) -> str:
+        """A call of a function as messages name it; a typed one says in the id that it is an instance's."""
+        is_typed = API_MODULE in self.modules
+        return f"{self.title} fn {fn_id & ~IN_INSTANCE if is_typed and fn_id < OF_INSTANCES else fn_id}"
 
     def as_listed(self) -> dict[str, Any]:
         """Return what a listing shows."""

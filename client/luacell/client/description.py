@@ -38,8 +38,15 @@ class Description:
     functions: dict[str, Marshaller]
 
     @classmethod
-    def from_reply(cls, contract_id: int, body: Mapping[str, Any]) -> Description:
+    def from_reply(
+        cls, contract_id: int, body: Mapping[str, Any], same: tuple[Api, HostTypes] | None = None
+    ) -> Description:
         """Read what the broker tells.
+
+        Args:
+            contract_id: u64.
+            body: of the reply.
+            same: this very description and its types, where another contract has brought them.
 
         Raises:
             TypeMismatch: it is a raw contract, without an api.toml.
@@ -47,8 +54,11 @@ class Description:
         """
         if not body["api"]:
             raise TypeMismatch(contract_id, "a typed contract", "a raw one, registered without an api.toml")
-        api = parse(bytes(body["api"]).decode("utf-8", "replace"), "api.toml")
-        contract, types = find_contract(api, contract_id), HostTypes(api)
+        if same is None:
+            api = parse(bytes(body["api"]).decode("utf-8", "replace"), "api.toml")
+            same = api, HostTypes(api)
+        api, types = same
+        contract = find_contract(api, contract_id)
         return cls(contract_id, contract, api, types, compile_contract(api, contract, types))
 
 
@@ -129,5 +139,8 @@ class TypedContracts:
         text = bytes(body["api"])
         known = self._known.get(contract_id)
         if known is None or known[0] != text:
-            known = self._known[contract_id] = text, Shared(Description.from_reply(contract_id, body))
+            # Contracts of one api.toml share its types: what one returns, another takes.
+            others = (shared.description for other, shared in list(self._known.values()) if other == text)
+            same = next(((other.api, other.types) for other in others), None)
+            known = self._known[contract_id] = text, Shared(Description.from_reply(contract_id, body, same))
         return known[1]

@@ -14,18 +14,22 @@ import re
 import secrets
 import struct
 import weakref
+from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Final
 
 from luacell.client.description import Shared
 from luacell.client.typed.marshaller import Marshaller
 from luacell.protocol.errors import BufferTooSmall, CallError
 from luacell.protocol.limits import PAYLOAD_MAX
+from luacell.protocol.messages import IN_INSTANCE
 
-IN_INSTANCE: Final = 0x8000_0000
 FETCH, CREATE, DESTROY = 0xFFFF_FFFF, 0xFFFF_FFFE, 0xFFFF_FFFD
 _HEAD: Final = struct.Struct("<QQ")
 _TOKEN: Final = struct.Struct("<Q")
+_NUMBER_BITS: Final = 52  # Lua keeps them as numbers
+DROPPED_AT_ONCE: Final = 1024  # instances destroyed by one message, 8 KiB
 _KEPT: Final = re.compile(r"result of ([0-9]{1,12}) bytes is kept as ([0-9]{1,19})")
 
 Call = Callable[[int, int, bytes, int, float | None], bytes]  # contract id, function id, args, out size, timeout
@@ -33,22 +37,23 @@ AsyncCall = Callable[[int, int, bytes, int, float | None], Awaitable[bytes]]
 
 
 class Instance:
-    """A proxy's instance in the contract's worker; 0 while it has none, and for singletons."""
+    """A proxy's instance in the contract's worker.
+
+    Attributes:
+        number: that names it there, among those of this host.
+        is_made: whether the worker has said that it exists.
+    """
 
     def __init__(self, shared: Shared) -> None:
-        self.number = 0
+        self.number = secrets.randbits(_NUMBER_BITS) | 1  # 0 is the default one, of raw calls
+        self.is_made = False
+        self.may_exist = False
         self._shared = shared
-
-    def begin(self) -> bytes:
-        """Choose a number; return the arguments of its creation."""
-        self.number = secrets.randbits(63) | 1
-        return _HEAD.pack(self.number, 0)
 
     def drop(self) -> None:
         """Have it destroyed with the next call of the contract."""
-        if self.number:
+        if self.may_exist:
             self._shared.dropped.append(self.number)
-            self.number = 0
 
 
 class Steps:
@@ -63,15 +68,16 @@ class Steps:
         shared, instance = self._shared, self._instance
         fn_id, head = marshaller.fn_id, b""
         if not shared.description.contract.singleton:
-            while shared.dropped:
-                yield DESTROY, _HEAD.pack(shared.dropped.popleft(), 0), 0
-            if not instance.number:
-                try:
-                    yield CREATE, instance.begin(), 0
-                except CallError:
-                    instance.number = 0
-                    raise
-            fn_id, head = fn_id | IN_INSTANCE, _HEAD.pack(instance.number, 0)
+            dropped = _numbers(shared.dropped) if shared.dropped else b""
+            if dropped:
+                with suppress(CallError):  # what becomes of another proxy's instance is not this call's affair
+                    yield DESTROY, dropped, 0
+            head = _HEAD.pack(instance.number, 0)
+            if not instance.is_made:  # callers at once may each do this: it is made once
+                instance.may_exist = True
+                yield CREATE, head, 0
+                instance.is_made = True
+            fn_id |= IN_INSTANCE
         try:
             result = yield fn_id, head + payload, shared.room(marshaller, name)
         except BufferTooSmall as error:
@@ -81,6 +87,17 @@ class Steps:
             shared.learn(marshaller, name, int(match[1]))
             result = yield FETCH, _TOKEN.pack(int(match[2])), int(match[1])
         return marshaller.unpack(result)
+
+
+def _numbers(dropped: deque[int]) -> bytes:
+    """Take some of the instances that are to be destroyed."""
+    numbers: list[int] = []
+    with suppress(IndexError):  # other threads take some, too
+        while len(numbers) < DROPPED_AT_ONCE:
+            numbers.append(dropped.popleft())
+    if len(numbers) == 1:
+        numbers *= 2  # a head has two words; what is gone already is gone
+    return struct.pack(f"<{len(numbers)}Q", *numbers)
 
 
 def _drive(steps: Any, call: Callable[[int, bytes, int], bytes]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from luacell.client.arena import Slot
 from luacell.protocol import errors, messages
@@ -122,9 +122,6 @@ def value_size(slot: Slot, contract_id: int, fn_id: int, answer: object) -> int:
     return int(out_size)
 
 
-_LUA_FUNCTION: Final = "Lua function"
-
-
 def raise_for_reply(reply: messages.Reply, contract_id: int) -> None:
     """Raise what a refused control request deserves; return when it was not refused.
 
@@ -139,7 +136,7 @@ def raise_for_reply(reply: messages.Reply, contract_id: int) -> None:
     if reply.kind == "ContractNotFound":
         raise errors.ContractNotFound(contract_id)
     if reply.kind == "TypeMismatch":
-        raise errors.TypeMismatch(contract_id, _LUA_FUNCTION, f"Lua {reply.reason}")
+        raise errors.TypeMismatch.of_lua(contract_id, reply.reason)
     if reply.kind == "VmRegistrationFailed":
         raise errors.VmRegistrationFailed(contract_id, reply.reason)
     code = AbiErrorCode(reply.code)

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, Self
 
 from luacell.protocol.identity import format_id
 
@@ -201,6 +201,17 @@ class TypeMismatch(BridgeError):
         self.contract_id = contract_id
         self.expected = expected
         self.got = got
+
+    @classmethod
+    def of_lua(cls, contract_id: int, reason: str) -> Self:
+        """Return the error for a chunk that gives a wrong type, as a worker tells it.
+
+        Args:
+            contract_id: u64.
+            reason: the type that it gives, behind "table " where the contract is typed and wants a table.
+        """
+        expected, _, got = reason.rpartition(" ")
+        return cls(contract_id, f"Lua {expected or 'function'}", f"Lua {got}")
 
 
 class VmRegistrationFailed(BridgeError):

@@ -33,23 +33,53 @@ _C_NAMES: Final = {
     "bool": "uint8_t",
 }
 _WORD: Final = 8
+_EXACT: Final = 1 << 53  # integers up to here are exact as Lua numbers
 
 
-def binding_source(contract: Contract) -> str:
+def binding_source(contract: Contract, enums: tuple[Enum, ...] = ()) -> str:
     """Return the Lua chunk that binds an implementation.
 
-    It is called with typed.lua's table and the implementation, and returns what the worker calls, or nil and a reason.
+    It is called with typed.lua's table and returns two values: the enums that the implementation may look up, and a
+    function that is given the implementation and returns what the worker calls, or nil and a reason.
+
+    Args:
+        contract: which the worker serves.
+        enums: those of its api.toml.
     """
-    functions = "\n".join(_Generator(contract, function).text() for function in contract.functions)
-    names = ", ".join(f"[{function.id}] = {_quoted(function.name)}" for function in contract.functions)
+    texts = [_Generator(contract, function).text() for function in contract.functions]
+    names = "".join(f"  [{function.id}] = {_quoted(function.name)},\n" for function in contract.functions)
+    types = "".join(f"local {_type_name(name)} = ffi.typeof('{c_name} *')\n" for name, c_name in _C_NAMES.items())
+    tables = "".join(f"  [{_quoted(enum.name)}] = {_enum_table(enum)},\n" for enum in enums)
     is_singleton = "true" if contract.singleton else "false"
-    return f"""local typed, implementation = ...
+    functions = "\n".join(texts)
+    return f"""local typed = ...
 local ffi = require("ffi")
-local cast, new, fill, copy = ffi.cast, ffi.new, ffi.fill, ffi.copy
-local functions = {{}}
+local cast, new = ffi.cast, ffi.new
+{types}local functions, arrays = {{}}, {{}}
 {functions}
-return typed.bind(implementation, {is_singleton}, functions, {{ {names} }}, {_quoted(str(contract))})
+local names = {{
+{names}}}
+local enums = {{
+{tables}}}
+return enums, function(implementation)
+  return typed.bind(implementation, {is_singleton}, functions, names, {len(texts)}, {_quoted(str(contract))})
+end
 """
+
+
+def _type_name(scalar: str) -> str:
+    return f"{scalar}_pointer"
+
+
+def _enum_table(enum: Enum) -> str:
+    """Return a table with the values by name and the names by value, where that is exact as a number."""
+    values = "".join(f"[{_quoted(each.name)}] = {_number(each.value)}, " for each in enum.variants)
+    by_value = {each.value: each.name for each in reversed(enum.variants) if each.value <= _EXACT}
+    return f"{{ {values}{''.join(f'[{value}] = {_quoted(name)}, ' for value, name in by_value.items())}}}"
+
+
+def _number(value: int) -> str:
+    return str(value) if value <= _EXACT else f"{value}ULL"
 
 
 def _quoted(text: str) -> str:
@@ -64,9 +94,10 @@ class _Generator:
         self._function = function
         self._layout = FunctionLayout.of(function)
         self._names = 0
+        self._arrays: list[str] = []
 
     def text(self) -> str:
-        """Return an assignment to `functions`."""
+        """Return assignments to `functions`, and to `arrays` where the function takes some."""
         function, layout = self._function, self._layout
         lines: list[str] = []
         arguments = ["self"]
@@ -75,20 +106,19 @@ class _Generator:
             lines.append(f'  error("{self._where}: " .. args_size .. " bytes of arguments, not {layout.args.size}", 0)')
             lines.append("end")
         for param, offset in zip(function.params, self._offsets(layout.args), strict=True):
-            value = self._name()
-            lines += self._read(param.type, "payload", str(offset), value, f"{self._where}: {param.name}", 0)
-            arguments.append(value)
+            arguments.append(self._read(param.type, "payload", offset, f"{self._where}: {param.name}"))
         call = f"self[{_quoted(function.name)}]({', '.join(arguments)})"
         if layout.result is None or isinstance(function.result, Void):
-            lines += [f"{call}", "return 0"]
+            lines += [call, "return 0"]
         else:
             lines.append(f"local result = {call}")
             lines.append(f"local tail = typed.tail({layout.result.size})")
             lines.append(f"local fixed = new('uint8_t[{layout.result.size}]')")
-            lines += self._write(function.result, "fixed", "0", "result", f"{self._where}: result", 0)
+            lines += self._write(function.result, "fixed", "0", "result", f"{self._where}: result")
             lines.append(f"return typed.deliver(arena, out, out_size, tail, fixed, {layout.result.size})")
         body = "\n".join(f"  {line}" for line in lines)
-        return f"functions[{function.id}] = function(self, arena, payload, args_size, out, out_size)\n{body}\nend"
+        head = f"functions[{function.id}] = function(self, arena, payload, args_size, out, out_size)"
+        return "\n".join([*self._arrays, head, body, "end"])
 
     def _offsets(self, layout: Layout | None) -> tuple[int, ...]:
         if layout is None:
@@ -100,49 +130,45 @@ class _Generator:
         return f"v{self._names}"
 
     # -- from memory ----------------------------------------------------------------------------------------------
-    def _read(self, type_: ValueType, base: str, at: str, value: str, where: str, depth: int) -> Iterator[str]:
-        """Yield statements that declare `value` as what lies `at` bytes behind `base`."""
-        place = f"{base} + {at}"
+    # Expressions, not statements: a function has at most 200 locals, a struct may have more fields.
+    def _read(self, type_: ValueType, base: str, at: int, where: str) -> str:
+        """Return an expression for what lies `at` bytes behind `base`."""
+        place = f"{base} + {at}" if at else base
         if isinstance(type_, Scalar):
-            yield f"local {value} = {_loaded(type_, place)}"
-        elif isinstance(type_, Enum):
-            yield f"local {value} = {_loaded(type_.repr, place)}"
-        elif isinstance(type_, Ptr):
-            yield f"local {value} = cast('uint64_t *', {place})[0]"
-        elif isinstance(type_, StringView | Buffer):
-            words = f"cast('uint64_t *', {place})"
-            yield f"local {value} = typed.text(payload, args_size, {words}[0], {words}[1], {_quoted(where)})"
-        elif isinstance(type_, Struct):
-            yield f"local {value} = {{}}"
-            yield "do"
-            for field, offset in zip(type_.fields, layout_of(type_).offsets, strict=True):
-                inner = self._name()
-                path = f"{where}.{field.name}"
-                yield from _indented(self._read(field.type, base, f"{at} + {offset}", inner, path, depth))
-                yield f"  {value}[{_quoted(field.name)}] = {inner}"
-            yield "end"
-        else:
-            yield from self._read_items(type_, place, value, where, depth)
+            return _loaded(type_, place)
+        if isinstance(type_, Enum):
+            return _loaded(type_.repr, place)
+        if isinstance(type_, Ptr):
+            return f"cast(u64_pointer, {place})[0]"
+        if isinstance(type_, StringView | Buffer):
+            return f"typed.text(payload, args_size, {place}, {_quoted(where)})"
+        if isinstance(type_, Struct):
+            fields = zip(type_.fields, layout_of(type_).offsets, strict=True)
+            parts = (
+                f"[{_quoted(field.name)}] = {self._read(field.type, base, at + offset, f'{where}.{field.name}')}"
+                for field, offset in fields
+            )
+            return f"{{ {', '.join(parts)} }}"
+        return f"arrays[{_quoted(self._read_items(type_, where))}](payload, args_size, {place})"
 
-    def _read_items(self, type_: Array, place: str, value: str, where: str, depth: int) -> Iterator[str]:
-        item, items, count, index = self._name(), self._name(), self._name(), self._name()
+    def _read_items(self, type_: Array, where: str) -> str:
+        """Write a function that reads an array; return its name."""
         size = layout_of(type_.item).size
-        words = f"cast('uint64_t *', {place})"
-        yield f"local {value} = {{}}"
-        yield f"if {words}[1] > 0 then"
-        yield (
-            f"  local {items}, {count} = typed.span(payload, args_size, {words}[0], {words}[1], {size}, "
-            f"{_quoted(where)})"
-        )
-        yield f"  for {index} = 1, {count} do"
-        inner = self._read(type_.item, items, f"({index} - 1) * {size}", item, f"{where}[]", depth + 1)
-        yield from _indented(_indented(inner))
-        yield f"    {value}[{index}] = {item}"
-        yield "  end"
-        yield "end"
+        name = f"{self._function.id}.{self._name()}"
+        item = self._read(type_.item, "item", 0, f"{where}[]")
+        self._arrays.append(f"""arrays[{_quoted(name)}] = function(payload, args_size, place)
+  local items, count = typed.items(payload, args_size, place, {size}, {_quoted(where)}, {ARRAY_ITEMS_MAX})
+  local values = typed.new_table(count, 0)
+  for index = 1, count do
+    local item = items + (index - 1) * {size}
+    values[index] = {item}
+  end
+  return values
+end""")
+        return name
 
     # -- into memory ----------------------------------------------------------------------------------------------
-    def _write(self, type_: ValueType, base: str, at: str, value: str, where: str, depth: int) -> Iterator[str]:
+    def _write(self, type_: ValueType, base: str, at: str, value: str, where: str) -> Iterator[str]:
         """Yield statements that write `value` so that it lies `at` bytes behind `base`."""
         place, quoted = f"{base} + {at}", _quoted(where)
         if isinstance(type_, Scalar):
@@ -150,16 +176,16 @@ class _Generator:
         elif isinstance(type_, Enum):
             repr_ = type_.repr
             if repr_.size == _WORD:
-                yield _stored(repr_, place, f"typed.unsigned64({value}, {quoted})")
+                yield _stored(repr_, place, f"typed.unsigned64({value}, {quoted}, {_quoted(type_.name)})")
             else:
                 yield _stored(repr_, place, f"typed.integer({value}, 0, {repr_.high}, {quoted}, {_quoted(type_.name)})")
         elif isinstance(type_, Ptr):
-            yield f"cast('uint64_t *', {place})[0] = typed.unsigned64({value}, {quoted})"
+            yield f"cast(u64_pointer, {place})[0] = typed.unsigned64({value}, {quoted}, 'Ptr')"
         elif isinstance(type_, StringView | Buffer):
             words, text = self._name(), self._name()
             yield f"local {text} = typed.bytes({value}, {quoted}, {_quoted(type_.name)})"
-            yield f"local {words} = cast('uint64_t *', {place})"
-            yield f"{words}[0], {words}[1] = tail:bytes({text}), #{text}"
+            yield f"local {words} = cast(u64_pointer, {place})"
+            yield f"{words}[0], {words}[1] = tail:add({text}, #{text}), #{text}"
             if isinstance(type_, Buffer):
                 yield f"{words}[2] = #{text}"
         elif isinstance(type_, Struct):
@@ -168,20 +194,21 @@ class _Generator:
                 yield "do"
                 inner = f"{value}[{_quoted(field.name)}]"
                 path = f"{where}.{field.name}"
-                yield from _indented(self._write(field.type, base, f"{at} + {offset}", inner, path, depth))
+                yield from _indented(self._write(field.type, base, f"{at} + {offset}", inner, path))
                 yield "end"
         else:
-            yield from self._write_items(type_, place, value, where, depth)
+            yield from self._write_items(type_, place, value, where)
 
-    def _write_items(self, type_: Array, place: str, value: str, where: str, depth: int) -> Iterator[str]:
-        words, memory, index, items = self._name(), self._name(), self._name(), self._name()
+    def _write_items(self, type_: Array, place: str, value: str, where: str) -> Iterator[str]:
+        words, memory, index, items, count = (self._name() for _ in range(5))
         size = layout_of(type_.item).size
-        yield f"local {items} = typed.list({value}, {_quoted(where)}, {_quoted(type_.name)}, {ARRAY_ITEMS_MAX})"
-        yield f"local {memory} = new('uint8_t[?]', #{items} * {size})"
-        yield f"local {words} = cast('uint64_t *', {place})"
-        yield f"{words}[0], {words}[1] = tail:room({memory}, #{items} * {size}), #{items}"
-        yield f"for {index} = 1, #{items} do"
-        inner = self._write(type_.item, memory, f"({index} - 1) * {size}", f"{items}[{index}]", f"{where}[]", depth + 1)
+        limits = f"{_quoted(where)}, {_quoted(type_.name)}, {ARRAY_ITEMS_MAX}"
+        yield f"local {items}, {count} = typed.list({value}, {limits})"
+        yield f"local {memory} = new('uint8_t[?]', {count} * {size})"
+        yield f"local {words} = cast(u64_pointer, {place})"
+        yield f"{words}[0], {words}[1] = tail:add({memory}, {count} * {size}), {count}"
+        yield f"for {index} = 1, {count} do"
+        inner = self._write(type_.item, memory, f"({index} - 1) * {size}", f"{items}[{index}]", f"{where}[]")
         yield from _indented(inner)
         yield "end"
 
@@ -191,16 +218,16 @@ def _indented(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _loaded(scalar: Scalar, place: str) -> str:
-    memory = f"cast('{_C_NAMES[scalar.name]} *', {place})[0]"
+    memory = f"cast({_type_name(scalar.name)}, {place})[0]"
     if scalar.kind == "bool":
-        return f"{memory} ~= 0"
+        return f"({memory} ~= 0)"
     if scalar.size == _WORD and scalar.kind == "int":
         return f"typed.number64{'' if scalar.code.islower() else 'u'}({memory})"
     return memory
 
 
 def _stored(scalar: Scalar, place: str, value: str) -> str:
-    return f"cast('{_C_NAMES[scalar.name]} *', {place})[0] = {value}"
+    return f"cast({_type_name(scalar.name)}, {place})[0] = {value}"
 
 
 def _checked(scalar: Scalar, value: str, where: str) -> str:
@@ -209,5 +236,6 @@ def _checked(scalar: Scalar, value: str, where: str) -> str:
     if scalar.kind == "float":
         return f"typed.float({value}, {where}, {_quoted(scalar.name)})"
     if scalar.size == _WORD:
-        return f"typed.{'signed64' if scalar.code.islower() else 'unsigned64'}({value}, {where})"
+        check = "signed64" if scalar.code.islower() else "unsigned64"
+        return f"typed.{check}({value}, {where}, {_quoted(scalar.name)})"
     return f"typed.integer({value}, {scalar.low}, {scalar.high}, {where}, {_quoted(scalar.name)})"

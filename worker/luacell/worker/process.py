@@ -208,8 +208,8 @@ def _binding_of(load: messages.Load) -> str | None:
     text = load.modules.get(API_MODULE)
     if text is None:
         return None
-    contract = find_contract(parse(text.decode("utf-8", "replace"), "api.toml"), id_of(load.contract))
-    return binding_source(contract)
+    api = parse(text.decode("utf-8", "replace"), "api.toml")
+    return binding_source(find_contract(api, id_of(load.contract)), api.enums)
 
 
 def _await_death() -> NoReturn:

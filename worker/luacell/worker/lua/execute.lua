@@ -39,6 +39,7 @@ local MESSAGE_MAX = 3072 -- of these for the message, so that a traceback fits b
 local TRUNCATED = " … (truncated)"
 local TIMER_SLACK_NS = 1e9 -- the worker's own timer fires this long after the limit, when the broker has not
 local TIMER_STEP_NS = 1e8 -- and is set anew only when it moves by more than this
+local FORGET_LIMIT_S = 1 -- for what a typed contract does when a host is gone
 local CLOCK_MONOTONIC, ITIMER_REAL = 1, 0
 local CONTRACT_CODE_MIN, CODE_MAX = 1024, 4294967295
 
@@ -250,7 +251,11 @@ return {
     pairs_by_key[arena * 65536 + index] = nil
     local left = (pairs_of_arena[arena] or 1) - 1
     pairs_of_arena[arena] = left > 0 and left or nil
-    if left == 0 and forget_arena then forget_arena(arena) end
+    if left == 0 and forget_arena then
+      arm_for(FORGET_LIMIT_S)
+      forget_arena(arena)
+      disarm()
+    end
   end,
   set_target = function(callable) target = callable end,
   set_typed_target = function(callable, forget)

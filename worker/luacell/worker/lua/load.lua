@@ -51,25 +51,31 @@ local function handler(value)
 end
 
 -- The implementation of a typed contract is a table of functions, which a binding puts between it and memory.
-local function bind(typed, binding, implementation)
-  if type(implementation) ~= "table" then return "type", type(implementation) end
-  local chunk, problem = load(binding, "=binding", "t")
-  if not chunk then return "load", problem end
-  local fine, bound, reason = xpcall(function() return chunk(typed, implementation) end, handler)
+local function bind(typed, binder, implementation)
+  if type(implementation) ~= "table" then return "type", "table " .. type(implementation) end
+  local fine, bound, reason = xpcall(function() return binder(implementation) end, handler)
   if not fine then return "load", type(bound) == "string" and bound or "error in error handling" end
   if not bound then return "load", reason end
   runtime.set_typed_target(bound, typed.forget)
   return "", ""
 end
 
--- Returns problem ("", "type" or "load") and reason. `typed` and `binding` are given for typed contracts.
+-- Returns problem ("", "type" or "load") and reason, which for "type" is the type that the chunk gave, behind "table"
+-- where that is wanted. `typed` and `binding` are given for typed contracts; the enums of
+-- their description are `luacell.enums`.
 local function load_contract(source, chunk_name, sources, typed, binding)
   offer_modules(sources)
+  local binder
+  if binding then
+    local chunk, problem = load(binding, "=binding", "t")
+    if not chunk then return "load", problem end
+    runtime.api.enums, binder = chunk(typed)
+  end
   local chunk, problem = compiled(source, chunk_name)
   if not chunk then return "load", cut(described(problem), REASON_MAX) end
   local fine, value = xpcall(chunk, handler)
   if not fine then return "load", type(value) == "string" and value or "error in error handling" end
-  if binding then return bind(typed, binding, value) end
+  if binder then return bind(typed, binder, value) end
   if type(value) ~= "function" then return "type", type(value) end
   runtime.set_target(value)
   return "", ""

@@ -16,9 +16,10 @@ local cast, copy, fill, istype, new, string_of = ffi.cast, ffi.copy, ffi.fill, f
 local type, tostring, tonumber, error, pcall, pairs, setmetatable = type, tostring, tonumber, error, pcall, pairs, setmetatable
 local floor, format, remove_at = math.floor, string.format, table.remove
 local band = bit.band
-local fail, described = runtime.api.fail, runtime.described
+local fail = runtime.api.fail
+local new_table = require("table.new")
 
-local int64, uint64 = ffi.typeof("int64_t"), ffi.typeof("uint64_t")
+local int64, uint64, words_pointer = ffi.typeof("int64_t"), ffi.typeof("uint64_t"), ffi.typeof("uint64_t *")
 local EXACT = 2 ^ 53 -- integers up to here are exact as numbers
 local BUFFER_TOO_SMALL, STALE_HANDLE, FUNCTION_NOT_AVAILABLE = 2, 5, 6
 local KEPT_MAX = 16 -- results that wait to be fetched
@@ -28,7 +29,9 @@ local IN_INSTANCE = 0x80000000 -- of a function id: the payload begins with the 
 local HEAD_SIZE = 16 -- bytes of that beginning
 local FETCH, CREATE, DESTROY = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD
 
-local typed = { IN_INSTANCE = IN_INSTANCE, HEAD_SIZE = HEAD_SIZE }
+local SHOWN_MAX = 40 -- bytes of a string in an error text
+
+local typed = { new_table = new_table }
 
 -- -- from memory -------------------------------------------------------------------------------------------------
 -- A 64-bit integer as a number where that is exact, else as it is.
@@ -42,7 +45,7 @@ function typed.number64u(value)
   return value
 end
 
--- A range of the payload that a host has named.
+-- A range of the payload that a host has named. As numbers, 64-bit words lose their last bits but cannot overflow.
 local function span(payload, size, offset, length, item_size, what)
   local at, count = tonumber(offset), tonumber(length)
   if at > size or count * item_size > size - at then
@@ -51,19 +54,39 @@ local function span(payload, size, offset, length, item_size, what)
   end
   return payload + at, count
 end
-typed.span = span
 
-function typed.text(payload, size, offset, length, what)
-  if length == 0 then return "" end
-  local at, count = span(payload, size, offset, length, 1, what)
-  return string_of(at, count)
+-- The bytes that the two words at `place` name.
+function typed.text(payload, size, place, what)
+  local words = cast(words_pointer, place)
+  if words[1] == 0 then return "" end
+  return string_of(span(payload, size, words[0], words[1], 1, what))
+end
+
+-- Where the items lie that the two words at `place` name, and how many there are.
+function typed.items(payload, size, place, item_size, what, items_max)
+  local words = cast(words_pointer, place)
+  if words[1] == 0 then return payload, 0 end
+  local items, count = span(payload, size, words[0], words[1], item_size, what)
+  if count > items_max then error(format("%s: %.0f items; the limit is %d", what, count, items_max), 0) end
+  return items, count
 end
 
 -- -- into memory -------------------------------------------------------------------------------------------------
-local function refuse(what, wanted, value)
-  error(format("%s: expected %s, got %s", what, wanted, described(value)), 0)
+-- A value for an error text: what kind it is, and itself where that is short.
+local function shown(value)
+  local kind = type(value)
+  if kind == "number" then return "number " .. format("%.17g", value) end
+  if kind == "boolean" then return "boolean " .. tostring(value) end
+  if kind == "string" and #value <= SHOWN_MAX then return format("string %q", value) end
+  if kind == "string" then return format("string of %d bytes", #value) end
+  if kind == "nil" then return "nil" end
+  if kind == "cdata" and (istype(int64, value) or istype(uint64, value)) then return "cdata " .. tostring(value) end
+  return "a " .. kind
 end
-typed.refuse = refuse
+
+local function refuse(what, wanted, value)
+  error(format("%s: expected %s, got %s", what, wanted, shown(value)), 0)
+end
 
 -- An integer that a field holds; exact beyond 2^53 only as cdata.
 function typed.integer(value, low, high, what, name)
@@ -82,26 +105,26 @@ function typed.integer(value, low, high, what, name)
   refuse(what, name, value)
 end
 
-function typed.signed64(value, what)
+function typed.signed64(value, what, name)
   if istype(int64, value) then return value end
   if istype(uint64, value) then
-    if value > 0x7FFFFFFFFFFFFFFFULL then refuse(what, "i64", value) end
+    if value > 0x7FFFFFFFFFFFFFFFULL then refuse(what, name, value) end
     return cast(int64, value)
   end
   if type(value) ~= "number" or value ~= floor(value) or value < -2 ^ 63 or value >= 2 ^ 63 then
-    refuse(what, "i64", value)
+    refuse(what, name, value)
   end
   return cast(int64, value)
 end
 
-function typed.unsigned64(value, what)
+function typed.unsigned64(value, what, name)
   if istype(uint64, value) then return value end
   if istype(int64, value) then
-    if value < 0 then refuse(what, "u64", value) end
+    if value < 0 then refuse(what, name, value) end
     return cast(uint64, value)
   end
   if type(value) ~= "number" or value ~= floor(value) or value < 0 or value >= 2 ^ 64 then
-    refuse(what, "u64", value)
+    refuse(what, name, value)
   end
   return cast(uint64, value)
 end
@@ -127,15 +150,18 @@ function typed.record(value, what, name)
   return value
 end
 
+-- Returns the list and how many items it has.
 function typed.list(value, what, name, items_max)
   if type(value) ~= "table" then refuse(what, name, value) end
-  if #value > items_max then refuse(what, format("%s of at most %d items", name, items_max), format("%d items", #value)) end
-  return value
+  local count = #value
+  if count > items_max then error(format("%s: %d items; the limit of %s is %d", what, count, name, items_max), 0) end
+  return value, count
 end
 
 local function aligned(size) return size + band(-size, 7) end
 
--- Collects what lies behind a fixed struct. `bytes` and `room` return an offset; `finish` writes all of it.
+-- Collects what lies behind a fixed struct: strings, and memory with the items of arrays. `add` returns an offset;
+-- `finish` writes all of it, with zeros between the parts: the slot holds what earlier calls left there.
 local Tail = {}
 Tail.__index = Tail
 
@@ -143,28 +169,28 @@ function typed.tail(fixed_size)
   return setmetatable({ size = aligned(fixed_size), count = 0 }, Tail)
 end
 
-function Tail:bytes(value)
+function Tail:add(part, size)
   local offset = self.size
-  self.count = self.count + 1
-  self[self.count] = { offset, value, #value }
-  self.size = aligned(offset + #value)
+  local count = self.count + 1
+  self.count, self.size = count, aligned(offset + size)
+  self[count] = { offset, part, size }
   return offset
 end
 
-function Tail:room(memory, size)
-  local offset = self.size
-  self.count = self.count + 1
-  self[self.count] = { offset, memory, size }
-  self.size = aligned(offset + size)
-  return offset
+local function put(target, offset, part, size)
+  copy(target + offset, part, size)
+  fill(target + offset + size, aligned(size) - size)
 end
 
 function Tail:finish(target, fixed, fixed_size)
-  copy(target, fixed, fixed_size)
-  if self.count > 0 then fill(target + fixed_size, aligned(fixed_size) - fixed_size) end
+  if self.count == 0 then
+    copy(target, fixed, fixed_size)
+    return
+  end
+  put(target, 0, fixed, fixed_size)
   for index = 1, self.count do
     local part = self[index]
-    copy(target + part[1], part[2], part[3])
+    put(target, part[1], part[2], part[3])
   end
 end
 
@@ -173,11 +199,8 @@ local kept, kept_order, kept_bytes, last_token = {}, {}, 0, 0
 
 local function forget_oldest()
   local token = remove_at(kept_order, 1)
-  local result = kept[token]
-  if result then
-    kept[token] = nil
-    kept_bytes = kept_bytes - result.size
-  end
+  kept_bytes = kept_bytes - kept[token].size
+  kept[token] = nil
 end
 
 -- Give a result to its caller, or keep it and tell where it is. Returns the bytes that were written.
@@ -199,7 +222,7 @@ end
 
 local function fetch(arena, payload, args_size, out, out_size)
   if args_size < 8 then error("a fetch names its result by 8 bytes", 0) end
-  local token = tonumber(cast("uint64_t *", payload)[0])
+  local token = tonumber(cast(words_pointer, payload)[0])
   local result = kept[token]
   if not result or result.arena ~= arena then fail(STALE_HANDLE, "the result is no longer kept") end
   if result.size > out_size then fail(BUFFER_TOO_SMALL, format("result of %d bytes is kept as %d", result.size, token)) end
@@ -218,12 +241,12 @@ end
 -- -- instances ---------------------------------------------------------------------------------------------------
 -- By arena, which is a host's, and by the number that the host has chosen. 0 is the host's default one.
 local instances, instance_count = {}, 0
-local implementation, singleton
+local implementation, singleton, title
 
 local function make()
   if type(implementation.new) ~= "function" then return implementation end
   local instance = implementation.new()
-  if type(instance) ~= "table" then refuse("new()", "a table", instance) end
+  if type(instance) ~= "table" then refuse(title .. ": new()", "a table", instance) end
   return instance
 end
 
@@ -255,8 +278,16 @@ local function remove(arena, number)
   destroy(instance)
 end
 
--- A host is gone: so are its instances.
+-- A host is gone: so are its instances, and the results that it did not fetch.
 function typed.forget(arena)
+  for index = #kept_order, 1, -1 do
+    local token = kept_order[index]
+    if kept[token].arena == arena then
+      kept_bytes = kept_bytes - kept[token].size
+      kept[token] = nil
+      remove_at(kept_order, index)
+    end
+  end
   local mine = instances[arena]
   if not mine then return end
   instances[arena] = nil
@@ -271,40 +302,40 @@ local function instance_of(arena, number)
   local mine = instances[arena]
   local instance = mine and mine[number]
   if instance then return instance end
-  if number == "0" then return create(arena, number) end
+  if number == 0 then return create(arena, number) end
   fail(STALE_HANDLE, "the instance is gone: its worker was replaced; a new proxy gets a new one")
 end
 
 -- -- dispatch ----------------------------------------------------------------------------------------------------
 -- Returns the function that a worker calls. `functions` are the binding's, by id: each takes the instance, arena,
 -- payload, its size, out and its size, and returns the bytes it wrote.
-function typed.bind(table_of_methods, is_singleton, functions, names, title)
-  implementation = table_of_methods
-  for id = 0, #names do
+function typed.bind(table_of_methods, is_singleton, functions, names, count, name)
+  implementation, title = table_of_methods, name
+  for id = 0, count - 1 do
     if type(implementation[names[id]]) ~= "function" then
       return nil, format("%s: the implementation has no function %s", title, names[id])
     end
   end
   if is_singleton then singleton = make() end
   return function(fn_id, payload, out, args_size, out_size, arena)
-    local number = "0"
+    local number = 0
     if fn_id >= IN_INSTANCE then
       if fn_id == FETCH then return fetch(arena, payload, args_size, out, out_size) end
       if args_size < HEAD_SIZE then error("the number of an instance is missing", 0) end
-      number = tostring(cast("uint64_t *", payload)[0])
+      number = tonumber(cast(words_pointer, payload)[0])
       if fn_id == CREATE then
         create(arena, number)
         return 0
       end
       if fn_id == DESTROY then
-        remove(arena, number)
+        for index = 0, floor(args_size / 8) - 1 do remove(arena, tonumber(cast(words_pointer, payload)[index])) end
         return 0
       end
       fn_id, payload, args_size = fn_id - IN_INSTANCE, payload + HEAD_SIZE, args_size - HEAD_SIZE
     end
     local method = functions[fn_id]
     if not method then
-      fail(FUNCTION_NOT_AVAILABLE, format("%s has %d functions; there is no function %d", title, #names + 1, fn_id))
+      fail(FUNCTION_NOT_AVAILABLE, format("%s has %d functions; there is no function %.0f", title, count, fn_id))
     end
     return method(instance_of(arena, number), arena, payload, args_size, out, out_size)
   end
