@@ -63,8 +63,8 @@ class Steps:
         shared, instance = self._shared, self._instance
         fn_id, head = marshaller.fn_id, b""
         if not shared.description.contract.singleton:
-            while shared.dropped:
-                yield DESTROY, _HEAD.pack(shared.dropped.popleft(), 0), 0
+            while (number := shared.next_dropped()) is not None:
+                yield DESTROY, _HEAD.pack(number, 0), 0
             if not instance.number:
                 try:
                     yield CREATE, instance.begin(), 0
@@ -83,7 +83,7 @@ class Steps:
         return marshaller.unpack(result)
 
 
-def _drive(steps: Any, call: Callable[[int, bytes, int], bytes]) -> Any:
+def drive(steps: Any, call: Callable[[int, bytes, int], bytes]) -> Any:
     """Make the calls of a typed call, one after another."""
     try:
         request = next(steps)
@@ -193,7 +193,7 @@ def _method(name: str, marshaller: Marshaller) -> Callable[..., Any]:
         payload = marshaller.pack(_arguments(names, given, named, marshaller.title))
         contract_id, call, timeout = shared.description.contract_id, self._call, self._timeout
         steps = Steps(shared, self._instance).run(name, marshaller, payload)
-        return _drive(steps, lambda fn_id, args, out_size: call(contract_id, fn_id, args, out_size, timeout))
+        return drive(steps, lambda fn_id, args, out_size: call(contract_id, fn_id, args, out_size, timeout))
 
     return method
 
