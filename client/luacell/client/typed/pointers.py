@@ -168,7 +168,10 @@ def settle(payload: bytes, size: int, pointers: tuple[Pointer, ...], title: str)
     if len(payload) < size:
         raise BadResult(f"{title}: the result has {len(payload)} bytes, not {size}", began="yes")
     if any(pointer.is_array for pointer in pointers):
-        payload = gather(payload[:size], pointers, _ranges_of(payload, title), title)
+        try:
+            payload = gather(payload[:size], pointers, _ranges_of(payload, title), title)
+        except (InvalidPointer, TooLarge) as error:  # by the contract, not by who called it
+            raise BadResult(error.message, began="yes") from None
     return Settled(bytearray(payload), pointers, title)
 
 
