@@ -22,7 +22,7 @@ from luacell.client import (
     LuaHostBridge,
     TypeMismatch,
 )
-from luacell.client.polyplug import Provided, provide
+from luacell.client.polyplug import SWEEP_MIN, Provided, provide
 from luacell.protocol.api import Api, parse
 from luacell.protocol.limits import MIB
 from tests.support.contracts import DOUBLE, PROBE, Stopwatch
@@ -383,6 +383,8 @@ def test_threads_of_a_plugin_in_c_keep_what_they_were_lent(
     run.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
     for _ in range(10):  # 160 threads in all, most of which have ended
         assert run(runtime.host, provided.contract.id, 16, 10) == 0
+    assert len(provided._kept._by_thread) <= SWEEP_MIN + 16, "what ended threads were lent goes"
+    assert set(provided._target._instances) == {0}, "all instances were destroyed"  # type: ignore[attr-defined]
 
 
 # -- raw contracts ----
