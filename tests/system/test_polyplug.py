@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import shutil
 import subprocess
 import threading
@@ -462,10 +461,9 @@ def test_interrupt_in_a_call_is_102(
     def interrupted(*_: object, **__: object) -> bytes:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bridge, "call", interrupted)
-    assert guest.call("count") == Answer(102, "KeyboardInterrupt: ")
-    monkeypatch.undo()
-    os.environ["POLYPLUG_LIB"] = str(LIBRARY)
+    with monkeypatch.context() as patched:
+        patched.setattr(bridge, "call", interrupted)
+        assert guest.call("count") == Answer(102, "KeyboardInterrupt: ")
     assert guest.call("count") == 1
 
 
