@@ -143,8 +143,9 @@ class Guest:
         self.interface.destroy_instance(ctypes.addressof(self.interface), self.instance)
 
 
-# A plugin in C. Its threads, which Python did not start, each get an instance of a contract from the runtime and call
-# fn 0, StringView -> StringView, in step with the others; they look at what they were lent only after all have called.
+# A plugin in C, as polyplug's native loader loads it. Its threads, which Python did not start, each get an instance of
+# a contract from the runtime and call fn 0, StringView -> StringView, in step with the others; they look at what they
+# were lent only after all have called.
 THREADS_C: Final = r"""
 #include <pthread.h>
 #include <stdbool.h>
@@ -183,7 +184,7 @@ typedef struct host {
 } host;
 
 static pthread_barrier_t step;
-static const host *api;
+static const host *api; /* given when the plugin is loaded */
 static uint64_t contract;
 static int rounds;
 
@@ -215,10 +216,16 @@ static void *run(void *number) {
   return (void *)wrong;
 }
 
-int run_threads(const host *given, uint64_t contract_id, int threads, int times) {
+uint32_t polyplug_abi_version(void) { return 1; }
+
+abi_error polyplug_init(const host *given, const void *context) {
+  api = given;
+  return (abi_error){ 0, { 0, 0 } };
+}
+
+int run_threads(uint64_t contract_id, int threads, int times) {
   pthread_t ids[THREADS_MAX];
   intptr_t wrong = 0;
-  api = given;
   contract = contract_id;
   rounds = times;
   pthread_barrier_init(&step, 0, threads);

@@ -23,6 +23,7 @@ from luacell.client import (
 )
 from luacell.client.polyplug import SWEEP_MIN, Provided, provide
 from luacell.protocol.api import Api, parse
+from luacell.protocol.identity import fnv1a64
 from luacell.protocol.limits import MIB
 from tests.support.contracts import DOUBLE, PROBE, Stopwatch
 from tests.support.guest import THREADS_C, Answer, Guest
@@ -30,6 +31,7 @@ from tests.support.processes import worker_of
 
 try:
     import polyplug
+    from polyplug_loaders_native import register_native_loader
 except (ImportError, OSError) as reason:
     pytest.skip(
         f"polyplug's wheels are not installed, or have no library for this machine: {reason}", allow_module_level=True
@@ -353,6 +355,7 @@ def test_threads_of_a_host_share_an_instance(every: Any) -> None:
     assert sorted(answers) == [(number, True) for number in range(1, 201)]
 
 
+BUNDLE: Final = "n2.plugin"
 UPPER: Final = """[[host_contract]]
 name = "host.upper"
 version = "1"
@@ -361,6 +364,23 @@ name = "upper"
 params = [{ name = "text", type = "StringView" }]
 return = "StringView"
 """
+
+
+def load_plugin(runtime: Any, source: str, bundle: Path) -> ctypes.CDLL:
+    """Compile a plugin, have polyplug load it, and return its library, as it was loaded."""
+    bundle.mkdir()
+    (bundle / "plugin.c").write_text(source)
+    library = bundle / "plugin.so"
+    command = ["gcc", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-o", str(library), str(bundle / "plugin.c")]
+    compiled = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert compiled.returncode == 0, compiled.stderr
+    bundle_id = fnv1a64(BUNDLE)
+    assert bundle_id < 1 << 63, "TOML has no larger integers"
+    manifest = f'loader = "native"\nid = {bundle_id}\nname = "{BUNDLE}"\nversion = "1.0.0"\nfile = "plugin.so"\n'
+    (bundle / "manifest.toml").write_text(f"{manifest}provides = []\n")
+    register_native_loader(runtime)
+    runtime.load_bundle(bundle)
+    return ctypes.CDLL(str(library))
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
@@ -373,15 +393,10 @@ def test_threads_of_a_plugin_in_c_keep_what_they_were_lent(
     (tmp_path / "luacell.toml").write_text('api = "api.toml"\n[contract."host.upper"]\nsource = "upper.lua"\n')
     bridge.deploy(tmp_path)
     provided = provide(runtime, bridge, "host.upper@1", dispatch=dispatch)
-    (tmp_path / "threads.c").write_text(THREADS_C)
-    library = tmp_path / "threads.so"
-    command = ["gcc", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-o", str(library), str(tmp_path / "threads.c")]
-    compiled = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert compiled.returncode == 0, compiled.stderr
-    run = ctypes.CDLL(str(library)).run_threads
-    run.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
+    plugin = load_plugin(runtime, THREADS_C, tmp_path / "plugin")
+    plugin.run_threads.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
     for _ in range(10):  # 160 threads in all, most of which have ended
-        assert run(runtime.host, provided.contract.id, 16, 10) == 0
+        assert plugin.run_threads(provided.contract.id, 16, 10) == 0
     assert len(provided._kept._by_thread) <= SWEEP_MIN + 16, "what ended threads were lent goes"
     assert set(provided._target._instances) == {0}, "all instances were destroyed"  # type: ignore[attr-defined]
 
