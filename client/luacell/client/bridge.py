@@ -17,7 +17,7 @@ from typing import Any, Self
 from luacell.client.arguments import Arguments, Contract, Names, checked_capacity, without_emptiness
 from luacell.client.calls import Calls
 from luacell.client.deployment import Deployment
-from luacell.client.description import TypedContracts, choose
+from luacell.client.description import Shared, TypedContracts, choose
 from luacell.client.embedded import EmbeddedService
 from luacell.client.function import LuaFunction
 from luacell.client.inline import InlineCalls
@@ -216,8 +216,10 @@ class LuaHostBridge(Bridge):
         """
         self._check()
         info = choose(name, min_version, self.contracts())
-        body = self._request(description(info.id), info.id).body
-        return make_proxy(self._typed.of(info.id, body), self._call_typed)
+        return make_proxy(self._shared(info.id), self._call_typed)
+
+    def _shared(self, contract_id: int) -> Shared:
+        return self._typed.of(contract_id, self._request(description(contract_id), contract_id).body)
 
     def _call_typed(self, contract_id: int, fn_id: int, args: bytes, out_size: int, timeout: float | None) -> bytes:
         return self.call(contract_id, fn_id, args, out_size, timeout=timeout)

@@ -113,6 +113,13 @@ class Shared:
         self.rooms: dict[str, int] = {}
         self.dropped: deque[int] = deque(maxlen=DROPPED_MAX)
 
+    def next_dropped(self) -> int | None:
+        """Return the number of an instance that is to be destroyed, or None; each is given to one thread."""
+        try:
+            return self.dropped.popleft()
+        except IndexError:
+            return None
+
     def room(self, marshaller: Marshaller, name: str) -> int:
         """Return the bytes to offer for a result."""
         extra = self.rooms.get(name, ROOM_FIRST) if marshaller.out_varies else 0

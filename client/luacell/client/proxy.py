@@ -14,7 +14,6 @@ import re
 import secrets
 import struct
 import weakref
-from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, Final
@@ -50,6 +49,15 @@ class Instance:
         self.may_exist = False
         self._shared = shared
 
+    def begin(self) -> bytes:
+        """Return the arguments that ask for it; from now on it may exist."""
+        self.may_exist = True
+        return self.head()
+
+    def head(self) -> bytes:
+        """Return what names it at the head of arguments."""
+        return _HEAD.pack(self.number, 0)
+
     def drop(self) -> None:
         """Have it destroyed with the next call of the contract."""
         if self.may_exist:
@@ -68,14 +76,13 @@ class Steps:
         shared, instance = self._shared, self._instance
         fn_id, head = marshaller.fn_id, b""
         if not shared.description.contract.singleton:
-            dropped = _numbers(shared.dropped) if shared.dropped else b""
+            dropped = _numbers(shared) if shared.dropped else b""
             if dropped:
                 with suppress(CallError):  # what becomes of another proxy's instance is not this call's affair
                     yield DESTROY, dropped, 0
-            head = _HEAD.pack(instance.number, 0)
+            head = instance.head()
             if not instance.is_made:  # callers at once may each do this: it is made once
-                instance.may_exist = True
-                yield CREATE, head, 0
+                yield CREATE, instance.begin(), 0
                 instance.is_made = True
             fn_id |= IN_INSTANCE
         try:
@@ -89,18 +96,17 @@ class Steps:
         return marshaller.unpack(result)
 
 
-def _numbers(dropped: deque[int]) -> bytes:
+def _numbers(shared: Shared) -> bytes:
     """Take some of the instances that are to be destroyed."""
     numbers: list[int] = []
-    with suppress(IndexError):  # other threads take some, too
-        while len(numbers) < DROPPED_AT_ONCE:
-            numbers.append(dropped.popleft())
+    while len(numbers) < DROPPED_AT_ONCE and (number := shared.next_dropped()) is not None:
+        numbers.append(number)
     if len(numbers) == 1:
         numbers *= 2  # a head has two words; what is gone already is gone
     return struct.pack(f"<{len(numbers)}Q", *numbers)
 
 
-def _drive(steps: Any, call: Callable[[int, bytes, int], bytes]) -> Any:
+def drive(steps: Any, call: Callable[[int, bytes, int], bytes]) -> Any:
     """Make the calls of a typed call, one after another."""
     try:
         request = next(steps)
@@ -210,7 +216,7 @@ def _method(name: str, marshaller: Marshaller) -> Callable[..., Any]:
         payload = marshaller.pack(_arguments(names, given, named, marshaller.title))
         contract_id, call, timeout = shared.description.contract_id, self._call, self._timeout
         steps = Steps(shared, self._instance).run(name, marshaller, payload)
-        return _drive(steps, lambda fn_id, args, out_size: call(contract_id, fn_id, args, out_size, timeout))
+        return drive(steps, lambda fn_id, args, out_size: call(contract_id, fn_id, args, out_size, timeout))
 
     return method
 
