@@ -17,7 +17,7 @@ from typing import Any, Self
 from luacell.client.arguments import Arguments, Contract, Names, checked_capacity, without_emptiness
 from luacell.client.calls import Calls
 from luacell.client.deployment import Deployment
-from luacell.client.description import TypedContracts, choose
+from luacell.client.description import Description, Shared, TypedContracts, choose
 from luacell.client.embedded import EmbeddedService
 from luacell.client.function import LuaFunction
 from luacell.client.inline import InlineCalls
@@ -214,10 +214,19 @@ class LuaHostBridge(Bridge):
             TypeMismatch: it is a raw contract.
             ValueError: a version is malformed.
         """
+        return make_proxy(self._shared(name, min_version), self._call_typed)
+
+    def describe(self, name: str, min_version: str | None = None) -> Description:
+        """Return what the broker tells of a typed contract: its api.toml, Python types and packers.
+
+        Args and Raises: as `contract` has them.
+        """
+        return self._shared(name, min_version).description
+
+    def _shared(self, name: str, min_version: str | None) -> Shared:
         self._check()
         info = choose(name, min_version, self.contracts())
-        body = self._request(description(info.id), info.id).body
-        return make_proxy(self._typed.of(info.id, body), self._call_typed)
+        return self._typed.of(info.id, self._request(description(info.id), info.id).body)
 
     def _call_typed(self, contract_id: int, fn_id: int, args: bytes, out_size: int, timeout: float | None) -> bytes:
         return self.call(contract_id, fn_id, args, out_size, timeout=timeout)

@@ -70,10 +70,12 @@ class Deployment:
     Attributes:
         units: its contracts, in the order of the file.
         modules: its Lua files by `require` name.
+        api: what its api.toml declares; None where its contracts are raw.
     """
 
     units: tuple[Unit, ...]
     modules: dict[str, bytes]
+    api: Api | None = None
 
     @classmethod
     def read(cls, directory: Path) -> Deployment:
@@ -100,7 +102,7 @@ class Deployment:
             modules[API_MODULE] = api_text
         for unit in units:
             _check_total(directory, unit, modules)
-        return cls(units, modules)
+        return cls(units, modules, api)
 
 
 class _Table:
