@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Final
 
+from luacell.cli.explain import types_of
 from luacell.protocol.api import (
     Api,
     Array,
@@ -34,8 +35,9 @@ from luacell.protocol.api.model import ResultType
 _IMPORTS: Final = {
     "builtins": ("bool", "bytearray", "bytes", "float", "int", "list", "memoryview", "str", "tuple"),
     "dataclasses": ("dataclass",),
-    "enum": ("STRICT", "IntEnum", "IntFlag"),
+    "enum": ("IntEnum",),
     "typing": ("Protocol", "TypeAlias", "cast"),
+    "luacell.client.typed.values": ("Flags",),
     "luacell.client": ("AsyncLuaHostBridge", "LuaHostBridge"),
 }
 _ENUM_NAMES: Final = frozenset(dir(enum.IntFlag)) | frozenset(dir(enum.IntEnum)) | {"name", "value"}
@@ -63,6 +65,7 @@ class _Module:
         self._members = {field.name for struct in api.structs for field in struct.fields}
         self._members |= {function.name for contract in contracts for function in contract.functions}
         self._taken = types | self._members  # at the top level, members hide what is there
+        self._bridge = self._free("bridge")
         self._imported: dict[str, str] = {}
         self._modules: dict[str, set[str]] = {}
         self._aliases: dict[str, str] = {}
@@ -99,11 +102,15 @@ class _Module:
         return self._imported[name]
 
     def _import_lines(self) -> Iterator[str]:
+        is_own = False
         for module in sorted(self._modules, key=lambda module: (module.startswith("luacell"), module)):
             names = [(name, self._imported[name]) for name in sorted(self._modules[module])]
             if module == "builtins":  # they are there, where nothing hides them
                 names = [(name, here) for name, here in names if name != here]
             if names:
+                if module.startswith("luacell") and not is_own:
+                    is_own = True
+                    yield ""
                 parts = (name if name == here else f"{name} as {here}" for name, here in names)
                 yield f"from {module} import {', '.join(parts)}"
 
@@ -130,13 +137,12 @@ class _Module:
 
     # -- types ----------------------------------------------------------------------------------------------------
     def _enum(self, type_: Enum) -> Iterator[str]:
-        base = self._use("IntFlag" if type_.bitflag else "IntEnum")
-        boundary = f", boundary={self._use('STRICT')}" if type_.bitflag and not self._is_stub else ""
+        base = self._use("Flags" if type_.bitflag else "IntEnum")
         if any(variant.name in _ENUM_NAMES for variant in type_.variants):  # no class body can have those
             members = ", ".join(f'("{variant.name}", {variant.value})' for variant in type_.variants)
-            yield f'{type_.name} = {base}("{type_.name}", [{members}]{boundary})'
+            yield f'{type_.name} = {base}("{type_.name}", [{members}])'
             return
-        yield f"class {type_.name}({base}{boundary}):"
+        yield f"class {type_.name}({base}):"
         yield from _docstring(type_.docs or f"{type_.name}, as its api.toml declares it.", 1)
         yield ""
         for variant in type_.variants:
@@ -196,12 +202,14 @@ class _Module:
 
     def _maker(self, contract: Contract, name: str, made: str, bridge: str, prefix: str) -> Iterator[str]:
         wait = "await " if prefix else ""
-        yield f"{prefix}def {name}(bridge: {self._use(bridge)}) -> {made}:"
+        yield f"{prefix}def {name}({self._bridge}: {self._use(bridge)}) -> {made}:"
         yield from _docstring(f"Return a proxy of {contract}, of version {contract.version} at least.", 1)
         if self._is_stub:
             yield f"{_INDENT}..."
             return
-        asked = f'{wait}bridge.contract("{contract.name}", "{contract.version}")'
+        names = [each.name for each in types_of(contract)]
+        given = f"{names[0]}," if len(names) == 1 else ", ".join(names)
+        asked = f'{wait}{self._bridge}.contract("{contract.name}", "{contract.version}", types=({given}))'
         yield f"{_INDENT}return {self._use('cast')}({made}, {asked})"
 
 
