@@ -143,5 +143,6 @@ def test_other_version_and_other_name_are_no_such_contract(luacell: Command) -> 
 
 
 def test_completion_knows_the_functions(luacell: Command) -> None:
-    words = {"_LUACELL_COMPLETE": "complete_bash", "COMP_WORDS": f"luacell call {NAME} s", "COMP_CWORD": "3"}
-    assert luacell(**words).out.split() == ["same", "scale", "spin"]
+    words = f"luacell call {NAME} s"
+    ended = luacell(_LUACELL_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD="3")
+    assert ended.out.split() == ["same", "scale", "spin"]

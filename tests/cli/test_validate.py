@@ -32,7 +32,7 @@ def test_good_directory_is_valid(tmp_path: Path) -> None:
         (MANIFEST.replace("host.kinds", "host.kind"), API, "luacell.toml:3:11: "),
         (MANIFEST + "source =\n", API, "luacell.toml:5:9: "),
         ("[" * 100_000, API, "luacell.toml"),
-        (MANIFEST, API.replace('"f32"', '"f23"'), "api.toml:18:33: unknown type 'f23'; did you mean 'f32'?"),
+        (MANIFEST, API.replace('"f32"', '"f23"'), "api.toml:17:32: unknown type 'f23'; did you mean 'f32'?"),
         (MANIFEST, API.replace("bitflag", "bitflags"), "api.toml:11:1: unknown key 'bitflags'"),
     ],
     ids=range(9),

@@ -35,7 +35,7 @@ from luacell.protocol.api.model import ResultType
 _IMPORTS: Final = {
     "builtins": ("bool", "bytearray", "bytes", "float", "int", "list", "memoryview", "str", "tuple"),
     "dataclasses": ("dataclass",),
-    "enum": ("IntEnum",),
+    "enum": ("IntEnum", "IntFlag"),
     "typing": ("Protocol", "TypeAlias", "cast"),
     "luacell.client.typed.values": ("Flags",),
     "luacell.client": ("AsyncLuaHostBridge", "LuaHostBridge"),
@@ -137,11 +137,12 @@ class _Module:
 
     # -- types ----------------------------------------------------------------------------------------------------
     def _enum(self, type_: Enum) -> Iterator[str]:
-        base = self._use("Flags" if type_.bitflag else "IntEnum")
         if any(variant.name in _ENUM_NAMES for variant in type_.variants):  # no class body can have those
+            made = self._use("IntFlag" if type_.bitflag else "IntEnum")
             members = ", ".join(f'("{variant.name}", {variant.value})' for variant in type_.variants)
-            yield f'{type_.name} = {base}("{type_.name}", [{members}])'
+            yield f'{type_.name} = {made}("{type_.name}", [{members}])'
             return
+        base = self._use("Flags" if type_.bitflag else "IntEnum")
         yield f"class {type_.name}({base}):"
         yield from _docstring(type_.docs or f"{type_.name}, as its api.toml declares it.", 1)
         yield ""
