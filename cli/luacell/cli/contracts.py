@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luacell.cli import typed
 from luacell.cli.console import UsageError, connected, print_bytes, print_json, read_input, reported
 from luacell.cli.options import ContractName, Endpoint, Output, OutputFormat, contract_of
 from luacell.cli.tables import print_table
@@ -74,12 +73,18 @@ def unregister(contract: ContractName, endpoint: Endpoint = None, output: Output
             typer.echo(f"{ref} unregistered")
 
 
+def _function_names(context: typer.Context, incomplete: str) -> list[str]:
+    from luacell.cli.typed import function_names
+
+    return function_names(context, incomplete)
+
+
 def call(
     contract: ContractName,
     function: Annotated[
         str,
         typer.Argument(
-            metavar="FUNCTION", help="Name of a typed function, or the id of any.", autocompletion=typed.function_names
+            metavar="FUNCTION", help="Name of a typed function, or the id of any.", autocompletion=_function_names
         ),
     ],
     arguments: Annotated[
@@ -98,6 +103,8 @@ def call(
     with reported(contract):
         fn_id = _function_id(function)
         if fn_id is None:
+            from luacell.cli import typed
+
             if args_hex is not None or args_file is not None or out_size or raw:
                 raise UsageError(
                     f"{function} is called by name: it takes its arguments as JSON, and no --args-hex, --args-file, "

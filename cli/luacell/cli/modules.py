@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from luacell.cli.explain import types_of
+from luacell.cli.explanation import types_of
 from luacell.protocol.api import (
     Api,
     Array,

@@ -9,7 +9,6 @@ import typer
 
 from luacell.cli.console import UsageError, print_json, reported
 from luacell.cli.options import Output, OutputFormat
-from luacell.cli.sources import api_in
 
 ENDINGS: Final = (".py", ".pyi")
 
@@ -23,10 +22,11 @@ def stubs(
     with reported():
         if file.suffix not in ENDINGS:
             raise UsageError(f"-o {file} ends neither with .py nor with .pyi")
+        from luacell.cli.modules import python_module
+        from luacell.cli.sources import api_in
+
         deployment, api = api_in(directory)
         deployed = {unit.ref.id for unit in deployment.units}
-        from luacell.cli.modules import python_module
-
         contracts = [contract for contract in api.host_contracts if int(contract.id) in deployed]
         text = python_module(api, contracts, is_stub=file.suffix == ".pyi")
         try:

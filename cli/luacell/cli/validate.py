@@ -9,8 +9,6 @@ import typer
 
 from luacell.cli.console import UsageError, print_json, reported
 from luacell.cli.options import Output, OutputFormat
-from luacell.cli.sources import read_directory
-from luacell.protocol.api import contracts_named
 from luacell.protocol.errors import BridgeError, CallError, Unavailable
 
 
@@ -23,6 +21,9 @@ def validate(
 ) -> None:
     """Check a directory: its luacell.toml, its api.toml, and that its sources are there."""
     with reported():
+        from luacell.cli.sources import read_directory
+        from luacell.protocol.api import contracts_named
+
         found = read_directory(directory)
         if load:
             _load(directory)
