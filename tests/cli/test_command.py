@@ -19,7 +19,10 @@ from tests.support.command import LUACELL, Command
 from tests.support.contracts import DOUBLE, HEALTHY, answers
 from tests.support.waiting import LIMIT_S, eventually
 
-VERBS = ("serve", "broker", "worker-host", "deploy", "register", "unregister", "call", "ls", "health", "demo", "bench")
+VERBS = (
+    *("serve", "broker", "worker-host", "deploy", "register", "unregister", "call", "ls", "health", "demo", "bench"),
+    *("validate", "explain", "stubs", "new"),
+)
 
 
 def test_version_is_that_of_the_package() -> None:
@@ -31,7 +34,16 @@ def test_version_is_that_of_the_package() -> None:
 
 @pytest.mark.parametrize("words", [("--help",), *((verb, "--help") for verb in VERBS)], ids=" ".join)
 def test_help_loads_nothing_heavy(words: tuple[str, ...]) -> None:
-    heavy = ("zmq", "msgpack", "rich", "lupa", "luacell.client", "luacell.broker", "luacell.worker")
+    heavy = (
+        "luacell.protocol.api",
+        "zmq",
+        "msgpack",
+        "rich",
+        "lupa",
+        "luacell.client",
+        "luacell.broker",
+        "luacell.worker",
+    )
     script = (
         "import atexit, sys\n"
         f"atexit.register(lambda: print([name for name in {heavy} if name in sys.modules], file=sys.stderr))\n"

@@ -87,7 +87,7 @@ def test_call_takes_an_id_in_hex(luacell: Command) -> None:
         (("call", HEALTHY, "0", "--out-size", "99999999999"), 2, "over the limit"),
         (("call", HEALTHY, "-1"), 2, "-1"),
         (("call", HEALTHY, "4294967296"), 2, "4294967295"),
-        (("call", HEALTHY, "first"), 2, "valid integer"),
+        (("call", HEALTHY, "first"), 2, "is a raw contract"),
         (("call", HEALTHY), 2, "FUNCTION"),
         (("register", "host.x@1", "/nonexistent.lua"), 2, "cannot read /nonexistent.lua"),
         (("deploy", "/nonexistent"), 2, "/nonexistent/luacell.toml"),

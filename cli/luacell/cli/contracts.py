@@ -20,7 +20,6 @@ ArgsHex = Annotated[str | None, typer.Option("--args-hex", help="Arguments as he
 ArgsFile = Annotated[Path | None, typer.Option("--args-file", help="File with the arguments; - is stdin.")]
 OutSize = Annotated[int, typer.Option("--out-size", min=0, help="Bytes the function may write.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds; the contract's deadline if unset.")]
-FunctionId = Annotated[int, typer.Argument(metavar="FUNCTION", min=0, max=FN_ID_MAX, help="Function id.")]
 
 
 def deploy(
@@ -74,9 +73,24 @@ def unregister(contract: ContractName, endpoint: Endpoint = None, output: Output
             typer.echo(f"{ref} unregistered")
 
 
+def _function_names(context: typer.Context, incomplete: str) -> list[str]:
+    from luacell.cli.typed import function_names
+
+    return function_names(context, incomplete)
+
+
 def call(
     contract: ContractName,
-    function: FunctionId,
+    function: Annotated[
+        str,
+        typer.Argument(
+            metavar="FUNCTION", help="Name of a typed function, or the id of any.", autocompletion=_function_names
+        ),
+    ],
+    arguments: Annotated[
+        str | None,
+        typer.Argument(metavar="[JSON]", help="Arguments of a typed function as a JSON object; - is stdin."),
+    ] = None,
     args_hex: ArgsHex = None,
     args_file: ArgsFile = None,
     out_size: OutSize = 0,
@@ -85,20 +99,46 @@ def call(
     endpoint: Endpoint = None,
     output: OutputFormat = Output.TEXT,
 ) -> None:
-    """Call a function by id with raw bytes; prints what it wrote as hex digits."""
+    """Call a function: by name with values as JSON, or by id with raw bytes as hex digits."""
     with reported(contract):
+        fn_id = _function_id(function)
+        if fn_id is None:
+            from luacell.cli import typed
+
+            if args_hex is not None or args_file is not None or out_size or raw:
+                raise UsageError(
+                    f"{function} is called by name: it takes its arguments as JSON, and no --args-hex, --args-file, "
+                    "--out-size or --raw"
+                )
+            typed.call(contract, function, arguments, timeout, endpoint, output)
+            return
+        if arguments is not None:
+            raise UsageError(f"function {fn_id} is called by id: its arguments are bytes, in --args-hex or --args-file")
         target = contract_of(contract)
         args = arguments_of(args_hex, args_file)
         if raw and output is Output.JSON:
             raise UsageError("--raw and --output json exclude each other")
         with connected(endpoint) as bridge:
-            result = bridge.call(target, function, args, out_size, timeout=timeout)
+            result = bridge.call(target, fn_id, args, out_size, timeout=timeout)
         if raw:
             print_bytes(result)
         elif output is Output.JSON:
-            print_json({"contract": contract, "function": function, "out": result.hex()})
+            print_json({"contract": contract, "function": fn_id, "out": result.hex()})
         elif result:
             typer.echo(result.hex())
+
+
+def _function_id(text: str) -> int | None:
+    """Read a function's id; None where it is a name.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text.isidentifier():
+        return None
+    if not text.isdecimal() or len(text) > len(str(FN_ID_MAX)) or int(text) > FN_ID_MAX:
+        raise UsageError(f"FUNCTION {text!r} is neither a name nor an id in 0..{FN_ID_MAX}")
+    return int(text)
 
 
 def arguments_of(args_hex: str | None, args_file: Path | None) -> bytes:

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from luacell.cli import bench, contracts, health
+from luacell.cli import bench, contracts, explain, health, new, stubs, validate
 from luacell.cli.options import Level, LogLevel, RunDir, Spares, StateDir, Tcp
 from luacell.protocol.paths import STATE_DIRECTORY, default_run_directory, default_state_directory
 from luacell.protocol.release import __version__
@@ -101,6 +101,10 @@ app.command()(contracts.deploy)
 app.command()(contracts.register)
 app.command()(contracts.unregister)
 app.command()(contracts.call)
+app.command()(explain.explain)
+app.command()(validate.validate)
+app.command()(stubs.stubs)
+app.command()(new.new)
 app.command("ls")(contracts.list_contracts)
 app.command()(health.health)
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import weakref
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -230,7 +230,7 @@ class AsyncLuaHostBridge(Bridge):
             with contextlib.suppress(BridgeError, CallError):
                 await self.unregister_host_contract(ref.id)
 
-    async def contract(self, name: str, min_version: str | None = None) -> Any:
+    async def contract(self, name: str, min_version: str | None = None, *, types: Iterable[type[Any]] = ()) -> Any:
         """Return a proxy of a typed contract, whose methods are awaited; as `LuaHostBridge.contract`.
 
         Raises:
@@ -238,10 +238,11 @@ class AsyncLuaHostBridge(Bridge):
             HostContractVersionMismatch: what is registered is of another major version, or older.
             TypeMismatch: it is a raw contract.
             ValueError: a version is malformed.
+            TypeError: a class is not what the contract has under its name.
         """
         info = choose(name, min_version, await self.contracts())
         body = (await self._request(description(info.id), info.id)).body
-        return make_async_proxy(self._typed.of(info.id, body), self._call_typed)
+        return make_async_proxy(self._typed.of(info.id, body, types), self._call_typed)
 
     async def _call_typed(
         self, contract_id: int, fn_id: int, args: bytes, out_size: int, timeout: float | None

@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,7 +18,7 @@ from typing import Any, Self
 from luacell.client.arguments import Arguments, Contract, Names, checked_capacity, without_emptiness
 from luacell.client.calls import Calls
 from luacell.client.deployment import Deployment
-from luacell.client.description import Shared, TypedContracts, choose
+from luacell.client.description import Description, Shared, TypedContracts, choose
 from luacell.client.embedded import EmbeddedService
 from luacell.client.function import LuaFunction
 from luacell.client.inline import InlineCalls
@@ -197,12 +198,13 @@ class LuaHostBridge(Bridge):
             raise
         return [str(ref) for ref in done]
 
-    def contract(self, name: str, min_version: str | None = None) -> Any:
+    def contract(self, name: str, min_version: str | None = None, *, types: Iterable[type[Any]] = ()) -> Any:
         """Return a proxy of a typed contract: an object whose methods are the contract's functions.
 
         Args:
             name: `host.svc`, or with a version `host.svc@1`.
             min_version: the least version that will do, such as "1.3"; None for any.
+            types: classes for its structs and enums, by name, as `luacell stubs` writes them; made where not given.
 
         Returns:
             The proxy. It has an instance of its own, made when it is first called, unless the contract is a singleton.
@@ -213,13 +215,24 @@ class LuaHostBridge(Bridge):
             HostContractVersionMismatch: what is registered is of another major version, or older.
             TypeMismatch: it is a raw contract.
             ValueError: a version is malformed.
+            TypeError: a class is not what the contract has under its name.
         """
+        return make_proxy(self._shared(name, min_version, types), self._call_typed)
+
+    def describe(self, name: str, min_version: str | None = None) -> Description:
+        """Return what the broker tells of a typed contract: its api.toml, Python types and packers.
+
+        Args and Raises: as `contract` has them.
+        """
+        return self._shared(name, min_version).description
+
+    def _shared(self, name: str, min_version: str | None, types: Iterable[type[Any]] = ()) -> Shared:
         self._check()
         info = choose(name, min_version, self.contracts())
-        return make_proxy(self._shared(info.id), self._call_typed)
+        return self._shared_of(info.id, types)
 
-    def _shared(self, contract_id: int) -> Shared:
-        return self._typed.of(contract_id, self._request(description(contract_id), contract_id).body)
+    def _shared_of(self, contract_id: int, types: Iterable[type[Any]] = ()) -> Shared:
+        return self._typed.of(contract_id, self._request(description(contract_id), contract_id).body, types)
 
     def _call_typed(self, contract_id: int, fn_id: int, args: bytes, out_size: int, timeout: float | None) -> bytes:
         return self.call(contract_id, fn_id, args, out_size, timeout=timeout)

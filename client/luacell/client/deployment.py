@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from luacell.client.function import LuaFunction
 from luacell.protocol.api import Api, ApiError, contracts_named, parse
+from luacell.protocol.api.positions import Positions
 from luacell.protocol.errors import LuacellError
 from luacell.protocol.identity import ContractRef
 from luacell.protocol.limits import (
@@ -47,6 +48,7 @@ _CONTRACT_KEYS: Final = (
 _DURATION: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(us|ms|s)")
 _DURATION_US: Final = {"us": 1, "ms": 1_000, "s": 1_000_000}
 _SIZE: Final = re.compile(r"([0-9]+)\s*(B|KiB|MiB|GiB)")
+_PLACE: Final = re.compile(r"(.*) \(at line ([0-9]+), column ([0-9]+)\)", re.DOTALL)
 _SIZE_BYTES: Final = {"B": 1, "KiB": KIB, "MiB": MIB, "GiB": 1024 * MIB}
 
 
@@ -70,10 +72,12 @@ class Deployment:
     Attributes:
         units: its contracts, in the order of the file.
         modules: its Lua files by `require` name.
+        api: what its api.toml declares; None where its contracts are raw.
     """
 
     units: tuple[Unit, ...]
     modules: dict[str, bytes]
+    api: Api | None = None
 
     @classmethod
     def read(cls, directory: Path) -> Deployment:
@@ -82,17 +86,11 @@ class Deployment:
         Raises:
             DeploymentError: something is missing, malformed, unknown or too large.
         """
-        manifest = directory / MANIFEST
-        try:
-            tables = tomllib.loads(manifest.read_text("utf-8"))
-        except OSError as error:
-            raise DeploymentError(f"cannot read {manifest}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise DeploymentError(f"{manifest}: {error}") from None
-        _refuse_unknown(manifest, "", tables, _TOP_KEYS)
+        manifest, tables = _read_manifest(directory / MANIFEST)
+        _refuse_unknown(manifest, (), tables, _TOP_KEYS)
         contracts = tables.get("contract")
         if not isinstance(contracts, dict) or not contracts:
-            raise DeploymentError(f'{manifest}: names no contract; add a table [contract."host.name@1"]')
+            raise DeploymentError(f'{manifest.at("contract")}: names no contract; add a table [contract."host.name@1"]')
         api_text, api = _read_api(directory, manifest, tables)
         units = tuple(_read_unit(directory, manifest, name, table, api) for name, table in contracts.items())
         modules = _read_modules(directory)
@@ -100,18 +98,55 @@ class Deployment:
             modules[API_MODULE] = api_text
         for unit in units:
             _check_total(directory, unit, modules)
-        return cls(units, modules)
+        return cls(units, modules, api)
+
+
+class _Manifest:
+    """A luacell.toml as errors name it: with line and column."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self._path = path
+        self._positions = Positions(text)
+
+    def at(self, *keys: str) -> str:
+        """Return the place of a value, or of the table that lacks it."""
+        line, column = self._positions.value(keys)
+        return f"{self._path}:{line}:{column}"
+
+    def at_key(self, *keys: str) -> str:
+        """Return the place of a key itself."""
+        line, column = self._positions.key(keys)
+        return f"{self._path}:{line}:{column}"
+
+
+def _read_manifest(path: Path) -> tuple[_Manifest, dict[str, Any]]:
+    try:
+        text = path.read_text("utf-8")
+        tables = tomllib.loads(text)
+        return _Manifest(path, text), tables
+    except OSError as error:
+        raise DeploymentError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        place = _PLACE.fullmatch(str(error))
+        where = f"{path}:{place[2]}:{place[3]}: {place[1]}" if place else f"{path}: {error}"
+        raise DeploymentError(where) from None
+    except RecursionError:
+        raise DeploymentError(f"{path}: arrays or tables are nested too deeply") from None
 
 
 class _Table:
     """One contract's table, with errors that say where."""
 
-    def __init__(self, manifest: Path, name: str, values: dict[str, Any]) -> None:
-        self._where = f'{manifest}: [contract."{name}"]'
+    def __init__(self, manifest: _Manifest, name: str, values: dict[str, Any]) -> None:
+        self._manifest = manifest
+        self._name = name
         self._values = values
 
+    def _where(self, key: str) -> str:
+        return f'{self._manifest.at("contract", self._name, key)}: [contract."{self._name}"]'
+
     def error(self, key: str, wanted: str) -> DeploymentError:
-        return DeploymentError(f"{self._where}: {key} = {self._values.get(key)!r} is not {wanted}")
+        return DeploymentError(f"{self._where(key)}: {key} = {self._values.get(key)!r} is not {wanted}")
 
     def boolean(self, key: str) -> bool:
         value = self._values.get(key, False)
@@ -128,7 +163,8 @@ class _Table:
     def text(self, key: str, default: str | None = None) -> str:
         value = self._values.get(key, default)
         if not isinstance(value, str):
-            raise (self.error(key, "a text") if key in self._values else DeploymentError(f"{self._where}: lacks {key}"))
+            lacks = DeploymentError(f"{self._where(key)}: lacks {key}")
+            raise self.error(key, "a text") if key in self._values else lacks
         return value
 
     def duration_us(self, key: str, default: int) -> int:
@@ -150,28 +186,29 @@ class _Table:
         return value
 
 
-def _read_api(directory: Path, manifest: Path, tables: dict[str, Any]) -> tuple[bytes, Api | None]:
+def _read_api(directory: Path, manifest: _Manifest, tables: dict[str, Any]) -> tuple[bytes, Api | None]:
     """Read the description that a manifest names, where it names one."""
     if "api" not in tables:
         return b"", None
     relative = tables["api"]
     if not isinstance(relative, str) or not (directory / relative).resolve().is_relative_to(directory.resolve()):
-        raise DeploymentError(f"{manifest}: api = {relative!r} is not a file in {directory}")
+        raise DeploymentError(f"{manifest.at('api')}: api = {relative!r} is not a file in {directory}")
     path = directory / relative
     if path.exists() and not path.is_file():
-        raise DeploymentError(f"{manifest}: api = {relative!r} is not a regular file")
+        raise DeploymentError(f"{manifest.at('api')}: api = {relative!r} is not a regular file")
     try:
         raw = path.read_bytes()
         return raw, parse(raw.decode("utf-8"), str(path))
     except OSError as error:
-        raise DeploymentError(f"{manifest}: api = {relative!r} is not a readable file ({error.strerror})") from None
+        text = f"{manifest.at('api')}: api = {relative!r} is not a readable file ({error.strerror})"
+        raise DeploymentError(text) from None
     except (ApiError, UnicodeDecodeError) as error:
         raise DeploymentError(f"{path}: {error}" if isinstance(error, UnicodeDecodeError) else str(error)) from None
 
 
-def _read_ref(manifest: Path, name: str, api: Api | None) -> ContractRef:
+def _read_ref(manifest: _Manifest, name: str, api: Api | None) -> ContractRef:
     """Read the name of a contract's table; the description says its version, and the major where there is but one."""
-    where = f'{manifest}: [contract."{name}"]'
+    where = f'{manifest.at_key("contract", name)}: [contract."{name}"]'
     if api is None:
         try:
             return ContractRef.of(name)
@@ -188,10 +225,10 @@ def _read_ref(manifest: Path, name: str, api: Api | None) -> ContractRef:
     raise DeploymentError(f"{where}: {problem}; declared: {declared}")
 
 
-def _read_unit(directory: Path, manifest: Path, name: str, values: object, api: Api | None) -> Unit:
+def _read_unit(directory: Path, manifest: _Manifest, name: str, values: object, api: Api | None) -> Unit:
     if not isinstance(values, dict):
-        raise DeploymentError(f"{manifest}: contract.{name} is not a table")
-    _refuse_unknown(manifest, f'contract."{name}"', values, _CONTRACT_KEYS)
+        raise DeploymentError(f"{manifest.at('contract', name)}: contract.{name} is not a table")
+    _refuse_unknown(manifest, ("contract", name), values, _CONTRACT_KEYS)
     ref = _read_ref(manifest, name, api)
     table = _Table(manifest, name, values)
     deadline_us = table.duration_us("deadline", DEADLINE_DEFAULT_US)
@@ -260,10 +297,12 @@ def _check_total(directory: Path, unit: Unit, modules: dict[str, bytes]) -> None
         )
 
 
-def _refuse_unknown(manifest: Path, table: str, values: dict[str, Any], known: tuple[str, ...]) -> None:
+def _refuse_unknown(
+    manifest: _Manifest, table: tuple[str, ...], values: dict[str, Any], known: tuple[str, ...]
+) -> None:
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
-            where = f" [{table}]" if table else ""
-            raise DeploymentError(f"{manifest}:{where} unknown key {key!r}{hint}")
+            where = f' [{table[0]}."{table[1]}"]' if table else ""
+            raise DeploymentError(f"{manifest.at_key(*table, key)}:{where} unknown key {key!r}{hint}")

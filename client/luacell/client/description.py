@@ -16,6 +16,7 @@ from luacell.protocol.identity import Version
 
 ROOM_FIRST: Final = 1024  # bytes for what the strings and buffers of a result hold, at first
 ROOM_MAX: Final = 1 << 20  # as learned; larger results are fetched
+KNOWN_MAX: Final = 1024  # contracts, each time with other classes, that a bridge remembers
 DROPPED_MAX: Final = 1 << 17  # instances whose proxies are gone and that were not told yet
 
 
@@ -39,24 +40,30 @@ class Description:
 
     @classmethod
     def from_reply(
-        cls, contract_id: int, body: Mapping[str, Any], same: tuple[Api, HostTypes] | None = None
+        cls,
+        contract_id: int,
+        body: Mapping[str, Any],
+        given: Iterable[type[Any]] = (),
+        same: tuple[Api, HostTypes] | None = None,
     ) -> Description:
         """Read what the broker tells.
 
         Args:
             contract_id: u64.
             body: of the reply.
-            same: this very description and its types, where another contract has brought them.
+            given: classes for its structs and enums, by name.
+            same: this very description and these types, where another contract has brought them.
 
         Raises:
             TypeMismatch: it is a raw contract, without an api.toml.
             ApiError: the description is malformed.
+            TypeError: a given class does not fit.
         """
         if not body["api"]:
             raise TypeMismatch(contract_id, "a typed contract", "a raw one, registered without an api.toml")
         if same is None:
             api = parse(bytes(body["api"]).decode("utf-8", "replace"), "api.toml")
-            same = api, HostTypes(api)
+            same = api, HostTypes(api, given)
         api, types = same
         contract = find_contract(api, contract_id)
         return cls(contract_id, contract, api, types, compile_contract(api, contract, types))
@@ -134,20 +141,27 @@ class TypedContracts:
     """The typed contracts that one bridge has proxies of."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[bytes, Shared]] = {}
+        self._known: dict[tuple[int, tuple[type[Any], ...]], tuple[bytes, Shared]] = {}
 
-    def of(self, contract_id: int, body: Mapping[str, Any]) -> Shared:
+    def of(self, contract_id: int, body: Mapping[str, Any], given: Iterable[type[Any]] = ()) -> Shared:
         """Return what proxies of a contract share; made anew when its description has changed.
 
         Raises:
             TypeMismatch: it is a raw contract.
             ApiError: the description is malformed.
+            TypeError: a given class does not fit.
         """
-        text = bytes(body["api"])
-        known = self._known.get(contract_id)
+        text, key = bytes(body["api"]), (contract_id, tuple(given))
+        known = self._known.get(key)
         if known is None or known[0] != text:
             # Contracts of one api.toml share its types: what one returns, another takes.
-            others = (shared.description for other, shared in list(self._known.values()) if other == text)
+            others = (
+                shared.description
+                for (_, classes), (other, shared) in list(self._known.items())
+                if other == text and classes == key[1]
+            )
             same = next(((other.api, other.types) for other in others), None)
-            known = self._known[contract_id] = text, Shared(Description.from_reply(contract_id, body, same))
+            while len(self._known) >= KNOWN_MAX:
+                del self._known[next(iter(self._known))]
+            known = self._known[key] = text, Shared(Description.from_reply(contract_id, body, key[1], same))
         return known[1]

@@ -124,7 +124,7 @@ def _find(bridge: LuaHostBridge, contract: Contract) -> ContractInfo:
 
 def _target(bridge: LuaHostBridge, info: ContractInfo, sizes: Sizes | None, timeout: float | None) -> Target:
     try:
-        shared = bridge._shared(info.id)
+        shared = bridge._shared_of(info.id)
     except TypeMismatch:
         if sizes is None:
             expected = "a typed contract, or sizes of args and out by function id"

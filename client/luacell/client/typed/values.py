@@ -10,6 +10,7 @@ A Ptr is an address in the process that made it and means nothing in another one
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from enum import STRICT, IntEnum, IntFlag
 from types import GenericAlias
 from typing import Any, Final, cast
@@ -40,15 +41,24 @@ class HostTypes:
 
     Args:
         api: its structs and enums.
+        given: classes to use in place of made ones, by their names: dataclasses and enums, as `luacell stubs` writes.
+
+    Raises:
+        TypeError: a given class is not what the description has under its name.
 
     Attributes:
         structs: dataclasses by name, with slots; fields in declaration order.
         enums: enum classes by name.
     """
 
-    def __init__(self, api: Api) -> None:
-        self.enums: dict[str, type[IntEnum] | type[IntFlag]] = {enum.name: _enum_class(enum) for enum in api.enums}
-        self.structs: dict[str, type[Any]] = {}
+    def __init__(self, api: Api, given: Iterable[type[Any]] = ()) -> None:
+        own = {made.__name__: made for made in given}
+        self.enums: dict[str, type[IntEnum] | type[IntFlag]] = {
+            enum.name: _checked(enum, own[enum.name]) if enum.name in own else _enum_class(enum) for enum in api.enums
+        }
+        self.structs: dict[str, type[Any]] = {
+            struct.name: _checked(struct, own[struct.name]) for struct in api.structs if struct.name in own
+        }
         self._declared = {struct.name: struct for struct in api.structs}
         for struct in api.structs:
             self._struct_class(struct)
@@ -73,6 +83,19 @@ class HostTypes:
             made.__module__ = __name__
             self.structs[struct.name] = made
         return made
+
+
+def _checked(type_: Struct | Enum, given: type[Any]) -> type[Any]:
+    if isinstance(type_, Enum):
+        base: type[Any] = IntFlag if type_.bitflag else IntEnum
+        wanted = {variant.name: variant.value for variant in type_.variants}
+        fits = issubclass(given, base) and {name: int(each) for name, each in given.__members__.items()} == wanted
+    else:
+        names = [field.name for field in type_.fields]
+        fits = dataclasses.is_dataclass(given) and [each.name for each in dataclasses.fields(given)] == names
+    if not fits:
+        raise TypeError(f"{given.__module__}.{given.__qualname__} is not {type_.name} as the api.toml declares it")
+    return given
 
 
 def _enum_class(enum: Enum) -> type[IntEnum] | type[IntFlag]:
