@@ -12,7 +12,7 @@ from typing import Any
 
 from luacell.protocol.identity import HostContractId, Version, format_id
 from luacell.protocol.limits import LISTED_CONTRACTS_MAX
-from luacell.protocol.messages import Register, Settings, id_of
+from luacell.protocol.messages import UNIT_MODULE, UNIT_NAME_MAX, Register, Settings, id_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,11 @@ class ContractRecord:
             return format_id(self.id)
         return f"{self.name}@{self.version.major}"
 
+    @property
+    def unit(self) -> str:
+        """The deployment that it belongs to, or ""."""
+        return self.modules.get(UNIT_MODULE, b"").decode("utf-8", "replace")[:UNIT_NAME_MAX]
+
     def as_listed(self) -> dict[str, Any]:
         """Return what a listing shows."""
         return {
@@ -74,6 +79,7 @@ class ContractRecord:
             "deadline_us": self.settings.deadline_us,
             "stateless": self.settings.stateless,
             "workers": self.settings.workers,
+            "unit": self.unit,
         }
 
 

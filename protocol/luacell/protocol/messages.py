@@ -37,6 +37,7 @@ from luacell.protocol.limits import (
     DEADLINE_DEFAULT_US,
     DEADLINE_MAX_US,
     ERROR_TEXT_MAX,
+    HELD_CONTRACTS_MAX,
     MEMORY_DEFAULT,
     MEMORY_MAX,
     MEMORY_MIN,
@@ -53,6 +54,9 @@ INLINE: Final = "inline"
 SANDBOX_LEVELS: Final = ("default", "hardened", "untrusted")
 REASON_MAX: Final = 2 * ERROR_TEXT_MAX  # characters: an error text within a sentence of our own
 API_MODULE: Final = ":api.toml"  # among a registration's modules: the description of a typed contract; never required
+UNIT_MODULE: Final = ":unit"  # likewise: the name of the deployment that a contract belongs to
+REQUIRES_MODULE: Final = ":requires"  # likewise: what that deployment requires, one `host.name@1.2` a line
+UNIT_NAME_MAX: Final = 128  # characters
 POSTURE_MAX: Final = 400  # characters
 ID_MAX: Final = U64_MAX
 
@@ -135,6 +139,7 @@ class Register:
         modules: the directory's own modules by `require` name.
         replace: take the place of a registered contract of this id.
         private: lives and dies with this host's session and is not listed.
+        hold: once it has loaded, keep it back until COMMIT; not for private ones.
     """
 
     OP: ClassVar[Op] = Op.REGISTER
@@ -154,6 +159,20 @@ class Register:
     stateless: bool = boolean()
     idempotent: bool = boolean()
     sandbox: str = text(16)
+    hold: bool = boolean(False)
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A host has contracts that were held for it served, all at once or none; those it does not name are dropped.
+
+    Attributes:
+        contracts: their ids, 8 bytes each; empty drops all that is held.
+    """
+
+    OP: ClassVar[Op] = Op.COMMIT
+    request_id: int = integer(1, U64_MAX)
+    contracts: bytes = blob(0, 8 * HELD_CONTRACTS_MAX)
 
 
 @dataclass(frozen=True, slots=True)
