@@ -113,8 +113,8 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
         ),
     },
     Op.COMMIT: {
-        "one contract": messages.Commit(request_id=9, contracts=_CONTRACT),
-        "none": messages.Commit(request_id=10, contracts=b""),
+        "one contract": messages.Commit(request_id=9, contracts=_CONTRACT, serve=True),
+        "none, after all": messages.Commit(request_id=10, contracts=_CONTRACT, serve=False),
     },
     Op.UNREGISTER: {"by id": messages.Unregister(request_id=2, contract=_CONTRACT)},
     Op.LIST: {"the second page": messages.List(request_id=3, first=500)},

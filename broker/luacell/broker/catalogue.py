@@ -136,22 +136,32 @@ class Catalogue:
         self.all_stored((contract,), request, problem, now_ns, effects)
 
     def commit(self, request: Request, ids: Sequence[int], now_ns: int, effects: list[Effect]) -> None:
-        """Store contracts that are held for a host, to serve all of them or none; drop the rest of what is held."""
+        """Store contracts that are held for a host, to serve all of them or, where one is not held any more, none."""
         held = {each.record.id: each for each in self.pending.values() if each.holder == request.session_id}
         lost = next((contract_id for contract_id in ids if contract_id not in held), None)
-        chosen = () if lost is not None else tuple(held.pop(contract_id) for contract_id in dict.fromkeys(ids))
-        for contract in held.values():
-            self._drop(contract, now_ns, effects)
         if lost is not None:
             reason = f"contract {format_id(lost)} is not held for this host (any longer); register it anew"
             effects.append(SendReply(request, "BadRequest", AbiErrorCode.BAD_REQUEST, reason))
-        elif not chosen:
-            effects.append(SendReply(request))
-        else:
-            for contract in chosen:
-                contract.holder = b""
-                self._stop_timer(contract)
-            effects.append(StoreContracts(chosen, request))
+            return
+        chosen = tuple(held[contract_id] for contract_id in dict.fromkeys(ids))
+        for contract in chosen:
+            contract.holder = b""
+            self._stop_timer(contract)
+        effects.append(StoreContracts(chosen, request))
+
+    def release(self, request: Request, ids: Sequence[int], now_ns: int, effects: list[Effect]) -> None:
+        """Drop contracts that are held for a host, or load to be."""
+        for contract_id in ids:
+            contract = self.pending.get(contract_id)
+            if contract is not None:
+                self._release(contract, request.session_id, "its host no longer wants it", now_ns, effects)
+        effects.append(SendReply(request))
+
+    def _release(self, contract: Contract, session_id: bytes, why: str, now_ns: int, effects: list[Effect]) -> None:
+        if contract.holder == session_id:
+            self._drop(contract, now_ns, effects)
+        elif contract.hold and contract.request is not None and contract.request.session_id == session_id:
+            self._refuse(contract, contract.request, "load", why, now_ns, effects)
 
     def all_stored(
         self, contracts: Iterable[Contract], request: Request, problem: str, now_ns: int, effects: list[Effect]
@@ -218,10 +228,10 @@ class Catalogue:
     def host_left(self, session_id: bytes, now_ns: int, effects: list[Effect]) -> None:
         """Remove what was private to a host, registrations under way included; only it had calls there."""
         for contract in list(self.pending.values()):
-            if contract.holder == session_id:
-                self._drop(contract, now_ns, effects)
-            elif contract.request is not None and _ends_with(contract, contract.request, session_id):
+            if contract.record.owner == session_id and contract.request is not None:
                 self._refuse(contract, contract.request, "load", "its host is gone", now_ns, effects)
+            else:
+                self._release(contract, session_id, "its host is gone", now_ns, effects)
         for record in self._registry.owned_by(session_id):
             self.remove(record.id, now_ns, effects)
 
@@ -296,11 +306,6 @@ class Catalogue:
         if contract.timer is not None:
             self._wheel.cancel(contract.timer, contract)
             contract.timer = None
-
-
-def _ends_with(contract: Contract, request: Request, session_id: bytes) -> bool:
-    """Whether a registration makes no sense without the host that asked for it."""
-    return contract.record.owner == session_id or (contract.hold and request.session_id == session_id)
 
 
 def _objection_to(settings: Settings) -> str:

@@ -205,7 +205,8 @@ class Hosts:
             return
         ids = [id_of(asked.contracts[start : start + 8]) for start in range(0, len(asked.contracts), 8)]
         effects: list[Effect] = []
-        self._dispatcher.catalogue.commit(request, ids, time.monotonic_ns(), effects)
+        change = self._dispatcher.catalogue.commit if asked.serve else self._dispatcher.catalogue.release
+        change(request, ids, time.monotonic_ns(), effects)
         self._perform(effects)
 
     def _on_unregister(self, peer: bytes, count: int, message: bytes) -> None:

@@ -61,10 +61,10 @@ def registration(
     )
 
 
-def commitment(contract_ids: Iterable[int]) -> Request:
-    """Return the request that has contracts served which were registered with `hold`; the rest of them is dropped."""
+def commitment(contract_ids: Iterable[int], *, serve: bool) -> Request:
+    """Return the request that has contracts served, or dropped, which were registered with `hold`."""
     raw = b"".join(map(id_bytes, contract_ids))
-    return lambda number: messages.Commit(request_id=number, contracts=raw)
+    return lambda number: messages.Commit(request_id=number, contracts=raw, serve=serve)
 
 
 def unregistration(contract_id: int) -> Request:

@@ -21,7 +21,7 @@ from luacell.client.requests import Listing, Request, commitment, description, r
 from luacell.protocol import messages
 from luacell.protocol.api import Array, Contract, Enum, Struct, find_contract, parse
 from luacell.protocol.api.model import ResultType
-from luacell.protocol.errors import ContractNotFound, DuplicateContract, LuacellError
+from luacell.protocol.errors import BridgeError, ContractNotFound, DuplicateContract, LuacellError
 from luacell.protocol.identity import ContractRef, Version
 
 T = TypeVar("T")
@@ -57,19 +57,27 @@ def deploying(deployment: Deployment) -> Questions[list[ContractRef]]:
         if unit.ref.id in known:
             reply = yield Question(description(unit.ref.id), unit.ref.id)
             _check_functions(deployment, unit, bytes(reply.body["api"]))
+    held: list[int] = []
     try:
         for unit in deployment.units:
-            is_known = unit.ref.id in known
+            held.append(unit.ref.id)
             yield Question(
                 registration(
-                    unit.ref, unit.function, unit.settings, dict(deployment.modules), replace=is_known, hold=True
+                    unit.ref,
+                    unit.function,
+                    unit.settings,
+                    deployment.modules,
+                    replace=unit.ref.id in known,
+                    hold=True,
                 ),
                 unit.ref.id,
             )
-        yield Question(commitment(unit.ref.id for unit in deployment.units))
-    except BaseException:
+        yield Question(commitment(held, serve=True))
+    except BaseException as error:
+        if isinstance(error, BridgeError):
+            held.pop()  # it was refused; what is pending under its id is another's
         with contextlib.suppress(LuacellError):  # the broker drops them as well when this host leaves
-            yield Question(commitment(()))
+            yield Question(commitment(held, serve=False))
         raise
     return [unit.ref for unit in deployment.units]
 

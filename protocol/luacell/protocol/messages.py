@@ -164,15 +164,17 @@ class Register:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """A host has contracts that were held for it served, all at once or none; those it does not name are dropped.
+    """A host has contracts that are held for it served, all at once or none, or dropped.
 
     Attributes:
-        contracts: their ids, 8 bytes each; empty drops all that is held.
+        contracts: their ids, 8 bytes each.
+        serve: False drops them, those that still load included.
     """
 
     OP: ClassVar[Op] = Op.COMMIT
     request_id: int = integer(1, U64_MAX)
     contracts: bytes = blob(0, 8 * HELD_CONTRACTS_MAX)
+    serve: bool = boolean()
 
 
 @dataclass(frozen=True, slots=True)
