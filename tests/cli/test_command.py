@@ -19,7 +19,21 @@ from tests.support.command import LUACELL, Command
 from tests.support.contracts import DOUBLE, HEALTHY, answers
 from tests.support.waiting import LIMIT_S, eventually
 
-VERBS = ("serve", "broker", "worker-host", "deploy", "register", "unregister", "call", "ls", "health", "demo", "bench")
+VERBS = (
+    "serve",
+    "broker",
+    "worker-host",
+    "deploy",
+    "undeploy",
+    "dev",
+    "register",
+    "unregister",
+    "call",
+    "ls",
+    "health",
+    "demo",
+    "bench",
+)
 
 
 def test_version_is_that_of_the_package() -> None:

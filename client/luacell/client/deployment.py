@@ -20,6 +20,7 @@ from luacell.protocol.identity import ContractRef
 from luacell.protocol.limits import (
     DEADLINE_DEFAULT_US,
     DEADLINE_MAX_US,
+    HELD_CONTRACTS_MAX,
     KIB,
     MEMORY_DEFAULT,
     MEMORY_MAX,
@@ -99,6 +100,8 @@ class Deployment:
         contracts = tables.get("contract")
         if not isinstance(contracts, dict) or not contracts:
             raise DeploymentError(f'{manifest}: names no contract; add a table [contract."host.name@1"]')
+        if len(contracts) > HELD_CONTRACTS_MAX:
+            raise DeploymentError(f"{manifest}: has {len(contracts)} contracts; the limit is {HELD_CONTRACTS_MAX}")
         api_text, api = _read_api(directory, manifest, tables)
         name, requires = _read_name(directory, manifest, tables), _read_requires(manifest, tables)
         units = tuple(_read_unit(directory, manifest, title, table, api) for title, table in contracts.items())
