@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -259,7 +260,7 @@ def test_a_deployment_that_is_cancelled_leaves_nothing(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-# -- the command ----
+# -- the command, and a host without shared memory ----
 @pytest.fixture
 def endpoint() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="dev-") as directory:
@@ -267,6 +268,56 @@ def endpoint() -> Iterator[Path]:
         path.mkdir(mode=0o700)
         with Serving(path):
             yield path
+
+
+def test_a_host_without_shared_memory_deploys_and_removes(endpoint: Path, tmp_path: Path) -> None:
+    unit = Directory(tmp_path / "unit", FIRST, SECOND)
+    with LuaHostBridge.connect(f"ipc+inline://{endpoint}") as bridge:
+        bridge.deploy(unit.path)
+        unit.write(FIRST, 2)
+        unit.source(SECOND, BROKEN)
+        with pytest.raises(VmRegistrationFailed):
+            bridge.deploy(unit.path)
+        unit.write(SECOND, 2)
+        bridge.deploy(unit.path)
+        assert (number_of(bridge, FIRST), number_of(bridge, SECOND)) == (2, 2)
+        assert sorted(bridge.undeploy("unit")) == [FIRST, SECOND]
+
+
+def test_units_are_there_again_after_a_restart(tmp_path: Path) -> None:
+    unit = Directory(tmp_path / "unit", FIRST, SECOND)
+    with tempfile.TemporaryDirectory(prefix="again-") as directory:
+        run_directory = Path(directory) / "run"
+        run_directory.mkdir(mode=0o700)
+        with Serving(run_directory), LuaHostBridge.connect(run_directory) as bridge:
+            bridge.deploy(unit.path)
+        with Serving(run_directory), LuaHostBridge.connect(run_directory) as bridge:
+            assert units_of(bridge) == {FIRST: "unit", SECOND: "unit"}
+            unit.write(FIRST, 2)
+            bridge.deploy(unit.path)
+            assert (number_of(bridge, FIRST), number_of(bridge, SECOND)) == (2, 1)
+
+
+def test_a_host_that_leaves_in_the_middle_has_changed_nothing(endpoint: Path, tmp_path: Path) -> None:
+    unit = Directory(tmp_path / "unit", FIRST, SECOND)
+    with LuaHostBridge.connect(endpoint) as bridge:
+        bridge.deploy(unit.path)
+        unit.write(FIRST, 2)
+        unit.source(SECOND, "while true do end")
+        process = Command(endpoint).start("deploy", str(unit.path))
+        eventually(lambda: any(each["state"] == "loading" for each in bridge.health()["workers"]), "it loads")
+        process.kill()
+        process.wait()
+        assert (number_of(bridge, FIRST), number_of(bridge, SECOND)) == (1, 1)
+        unit.write(SECOND, 2)
+
+        def is_deployed() -> bool:
+            with contextlib.suppress(DuplicateContract):  # until the broker has seen that the other host is gone
+                return bool(bridge.deploy(unit.path))
+            return False
+
+        eventually(is_deployed, "nothing is held for a host that is gone")
+        assert (number_of(bridge, FIRST), number_of(bridge, SECOND)) == (2, 2)
 
 
 def test_deploy_and_undeploy_as_verbs(endpoint: Path, tmp_path: Path) -> None:
