@@ -4,8 +4,9 @@ Decides on registration, replacement, removal and failed loads; answers to calls
 methods return the queued calls that must be failed. It loads nothing itself.
 
     register ──> pending ──first load succeeded, stored──> serving ──unregistered, replaced──> retired
-                    └────failed: nothing registered               │  (a later failed load: back-off, calls refused)
-    start of the broker: what was stored ─────────────────────────┘
+                  │ └──or held, committed, all stored────────┤       (a later failed load: back-off, calls refused)
+                  └────failed, dropped: nothing registered   │
+    start of the broker: what was stored ────────────────────┘
 """
 
 from __future__ import annotations
