@@ -148,7 +148,7 @@ def complete(luacell: Command, words: str) -> list[str]:
 
 
 def test_verbs_options_and_contracts_are_completed(luacell: Command) -> None:
-    assert complete(luacell, "luacell un") == ["unregister"]
+    assert complete(luacell, "luacell un") == ["undeploy", "unregister"]
     assert "--replace" in complete(luacell, "luacell register --")
     assert complete(luacell, "luacell call host.h") == [HEALTHY]
     assert set(complete(luacell, "luacell bench host.")) == {HEALTHY, "host.probe@1", "host.slow@1"}
