@@ -21,6 +21,7 @@ from luacell.broker.model import (
     SendResult,
     StartWorker,
     StoreContract,
+    StoreContracts,
     Worker,
 )
 from luacell.broker.registry import ContractRecord, Registry
@@ -145,7 +146,13 @@ class Bench:
         return self.effects
 
     def register(
-        self, contract_id: int = CONTRACT, host: bytes = HOST, *, replace: bool = False, **settings: Any
+        self,
+        contract_id: int = CONTRACT,
+        host: bytes = HOST,
+        *,
+        replace: bool = False,
+        hold: bool = False,
+        **settings: Any,
     ) -> Request:
         """A host registers a contract; `private=True` makes it its own."""
         owner = host if settings.pop("private", False) else None
@@ -155,6 +162,7 @@ class Bench:
             request,
             record_of(contract_id, owner, **settings),
             replace=replace,
+            hold=hold,
             now_ns=self.now_ns,
             effects=self.effects,
         )
@@ -162,6 +170,30 @@ class Bench:
         if pending is not None:
             pending.window = self._window
         return request
+
+    def hold(self, contract_id: int = CONTRACT, host: bytes = HOST, *, replace: bool = False) -> Worker:
+        """Register a contract that is held, and load it; return its worker."""
+        self.register(contract_id, host, replace=replace, hold=True)
+        worker = self.load_next()
+        assert self.only(SendReply).kind == ""
+        return worker
+
+    def commit(self, *ids: int, host: bytes = HOST) -> Request:
+        """A host commits contracts that are held for it."""
+        request = Request(host, self._number())
+        self.effects = []
+        self.catalogue.commit(request, ids, self.now_ns, self.effects)
+        return request
+
+    def release(self, *ids: int, host: bytes = HOST) -> None:
+        """A host has contracts dropped that are held for it."""
+        self.effects = []
+        self.catalogue.release(Request(host, self._number()), ids, self.now_ns, self.effects)
+
+    def all_stored(self, effect: StoreContracts, problem: str = "") -> list[Effect]:
+        """Contracts that were held were stored, or could not be."""
+        self.effects = self.dispatcher.contracts_stored(*effect, problem, self.now_ns)
+        return self.effects
 
     def serve(
         self, contract_id: int = CONTRACT, host: bytes = HOST, *, replace: bool = False, **settings: Any

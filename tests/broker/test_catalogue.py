@@ -13,6 +13,7 @@ from luacell.broker.model import (
     SendReply,
     StartWorker,
     StoreContract,
+    StoreContracts,
 )
 from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.limits import NS_PER_MS, QUEUE_MAX
@@ -574,3 +575,95 @@ def test_nobody_asks_for_a_cause_that_is_not_known() -> None:
     bench.die(bench.ready(), UNKNOWN)
     bench.die(bench.load_start(), UNKNOWN)
     assert bench.only(SendReply).reason == "the worker died with an unknown cause while loading"
+
+
+# -- contracts that are held --------------------------------------------------------------------------------------
+SECOND = CONTRACT + 1
+
+
+def test_contracts_that_are_held_are_served_together() -> None:
+    bench = Bench()
+    old = bench.serve()
+    before = bench.catalogue.serving[CONTRACT]
+    bench.hold(replace=True)
+    bench.hold(SECOND)
+    assert bench.catalogue.serving == {CONTRACT: before}
+    assert bench.call().worker is old, "it serves meanwhile"
+    queued = bench.call()
+    request = bench.commit(CONTRACT, SECOND)
+    effect = bench.only(StoreContracts)
+    assert [contract.record.id for contract in effect.contracts] == [CONTRACT, SECOND]
+    assert set(bench.catalogue.serving) == {CONTRACT}
+    bench.all_stored(effect)
+    assert bench.only(SendReply) == SendReply(request)
+    assert bench.catalogue.serving == {contract.record.id: contract for contract in effect.contracts}
+    assert bench.sent.call is queued, "what waited goes to the new one"
+    assert not bench.catalogue.pending
+    assert len(bench.registry) == 2
+
+
+def test_contracts_that_cannot_be_stored_together_change_nothing() -> None:
+    bench = Bench()
+    bench.serve()
+    before = bench.catalogue.serving[CONTRACT]
+    bench.hold(replace=True)
+    bench.hold(SECOND)
+    bench.commit(CONTRACT, SECOND)
+    bench.all_stored(bench.only(StoreContracts), "no space")
+    assert (bench.only(SendReply).kind, bench.only(SendReply).reason) == ("Unavailable", "no space")
+    assert bench.catalogue.serving == {CONTRACT: before}
+    assert not bench.catalogue.pending
+    assert len(bench.registry) == 1
+
+
+def test_a_commit_of_what_is_not_held_serves_none() -> None:
+    bench = Bench()
+    bench.hold()
+    for ids, host in (((CONTRACT, SECOND), HOST), ((CONTRACT,), OTHER_HOST)):
+        bench.commit(*ids, host=host)
+        assert bench.only(SendReply).kind == "BadRequest"
+        assert not bench.has(StoreContracts)
+    bench.commit(CONTRACT)
+    assert bench.has(StoreContracts)
+
+
+def test_what_is_held_or_loads_to_be_is_dropped_when_its_host_no_longer_wants_it() -> None:
+    bench = Bench()
+    worker = bench.hold()
+    bench.register(SECOND, hold=True)
+    bench.release(CONTRACT, SECOND, host=OTHER_HOST)
+    assert set(bench.catalogue.pending) == {CONTRACT, SECOND}
+    bench.release(CONTRACT, SECOND, SECOND + 1)
+    assert [reply.kind for reply in bench.effects if isinstance(reply, SendReply)] == ["VmRegistrationFailed", ""]
+    assert worker.state is DOOMED
+    assert not bench.catalogue.pending
+    bench.serve()
+
+
+def test_what_is_held_goes_with_its_host() -> None:
+    bench = Bench()
+    worker = bench.hold()
+    bench.register(SECOND, hold=True)
+    bench.register(SECOND + 1)
+    bench.effects = bench.dispatcher.host_left(HOST, bench.now_ns)
+    assert worker.state is DOOMED
+    assert set(bench.catalogue.pending) == {SECOND + 1}, "what is for all is registered all the same"
+
+
+def test_what_is_held_is_dropped_after_its_limit() -> None:
+    bench = Bench()
+    worker = bench.hold()
+    bench.pass_ms(59_900)
+    assert worker.state is not DOOMED
+    bench.pass_ms(200)
+    assert worker.state is DOOMED
+    assert not bench.catalogue.pending
+    bench.commit(CONTRACT)
+    assert bench.only(SendReply).kind == "BadRequest"
+
+
+def test_a_private_contract_is_not_held() -> None:
+    bench = Bench()
+    bench.register(private=True, hold=True)
+    assert bench.only(SendReply).code is AbiErrorCode.BAD_REQUEST
+    assert not bench.catalogue.pending

@@ -244,6 +244,19 @@ def test_write_that_fails_names_the_file_and_changes_nothing(
     assert [record.id for record in reread(path)] == sorted([2, record_of().id])
 
 
+def test_contracts_written_together_are_there_all_or_none(
+    path: Path, store: RegistryStore, small_disk: Callable[[int], None]
+) -> None:
+    store.put(record_of(1), record_of(2))
+    small_disk(256 * 1024)
+    with pytest.raises(StoreError, match=f"cannot write {path}: "):
+        store.put(record_of(1, b"newer"), record_of(3, source=os.urandom(1 << 20)))
+    small_disk(resource.RLIM_INFINITY)
+    assert store.records() == [record_of(1), record_of(2)]
+    store.put(record_of(1, b"newer"), record_of(3))
+    assert reread(path) == [record_of(1, b"newer"), record_of(2), record_of(3)]
+
+
 def test_full_disk_is_no_reason_not_to_serve_what_is_there(
     path: Path, store: RegistryStore, small_disk: Callable[[int], None], caplog: pytest.LogCaptureFixture
 ) -> None:

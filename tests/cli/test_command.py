@@ -20,8 +20,8 @@ from tests.support.contracts import DOUBLE, HEALTHY, answers
 from tests.support.waiting import LIMIT_S, eventually
 
 VERBS = (
-    *("serve", "broker", "worker-host", "deploy", "register", "unregister", "call", "ls", "health", "demo", "bench"),
-    *("validate", "explain", "stubs", "new"),
+    *("serve", "broker", "worker-host", "deploy", "undeploy", "dev", "register", "unregister", "call", "ls", "health"),
+    *("demo", "bench", "validate", "explain", "stubs", "new"),
 )
 
 
@@ -146,7 +146,7 @@ def complete(luacell: Command, words: str) -> list[str]:
 
 
 def test_verbs_options_and_contracts_are_completed(luacell: Command) -> None:
-    assert complete(luacell, "luacell un") == ["unregister"]
+    assert complete(luacell, "luacell un") == ["undeploy", "unregister"]
     assert "--replace" in complete(luacell, "luacell register --")
     assert complete(luacell, "luacell call host.h") == [HEALTHY]
     assert set(complete(luacell, "luacell bench host.")) == {HEALTHY, "host.probe@1", "host.slow@1"}

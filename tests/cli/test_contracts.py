@@ -201,4 +201,5 @@ def test_ls_lists_what_is_registered(luacell: Command) -> None:
 def test_ls_as_json_has_all_fields(luacell: Command) -> None:
     (slow,) = [row for row in luacell("ls", "--output", "json").json if row["name"] == "host.slow"]
     assert slow.pop("id").startswith("0x")
+    assert slow.pop("unit").startswith("probe-")
     assert slow == {"name": "host.slow", "version": "1.0.0", "deadline": 30.0, "stateless": False, "workers": 1}

@@ -49,6 +49,7 @@ OPERATIONS = {
     "LEASE": 11,
     "CALL_INLINE": 12,
     "DESCRIBE": 13,
+    "COMMIT": 14,
     "WELCOME": 32,
     "RESULT": 33,
     "FAILURE": 34,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from tests.soak import crashes, crowds, kills, million
+from tests.soak import crashes, crowds, kills, million, reloads
 from tests.soak.report import Report
 
 RUNS: dict[str, Callable[[int], Report]] = {
@@ -19,6 +19,7 @@ RUNS: dict[str, Callable[[int], Report]] = {
     "crashes": crashes.run,
     "crowds": crowds.run,
     "million": million.run,
+    "reloads": reloads.run,
 }
 LIMIT_S = 600  # for all runs together; what is under way then is cleaned up, and counts as failed
 

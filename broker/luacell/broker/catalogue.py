@@ -4,12 +4,14 @@ Decides on registration, replacement, removal and failed loads; answers to calls
 methods return the queued calls that must be failed. It loads nothing itself.
 
     register ──> pending ──first load succeeded, stored──> serving ──unregistered, replaced──> retired
-                    └────failed: nothing registered               │  (a later failed load: back-off, calls refused)
-    start of the broker: what was stored ─────────────────────────┘
+                  │ └──or held, committed, all stored────────┤       (a later failed load: back-off, calls refused)
+                  └────failed, dropped: nothing registered   │
+    start of the broker: what was stored ────────────────────┘
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from luacell.broker.model import (
@@ -22,16 +24,19 @@ from luacell.broker.model import (
     Request,
     SendReply,
     StoreContract,
+    StoreContracts,
     Subject,
 )
 from luacell.broker.registry import ContractRecord, Registry
 from luacell.broker.timers import TimerWheel
 from luacell.broker.workforce import Workforce, backoff_ns
 from luacell.protocol.errors import AbiErrorCode, DuplicateContract, TypeMismatch, VmRegistrationFailed
+from luacell.protocol.identity import format_id
 from luacell.protocol.limits import CONTRACTS_MAX, LOAD_LIMIT_NS, NS_PER_S, START_LIMIT_NS
 from luacell.protocol.messages import Settings
 
 REGISTRATION_LIMIT_NS: Final = START_LIMIT_NS + LOAD_LIMIT_NS + NS_PER_S
+HOLD_LIMIT_NS: Final = 60 * NS_PER_S  # for the host to load what else belongs to it, and to commit
 UNCALLED_NS: Final = 5 * NS_PER_S  # a contract that nobody calls keeps the worker that proved it no longer than this
 
 
@@ -53,9 +58,19 @@ class Catalogue:
         self.is_draining = False
 
     def register(
-        self, request: Request, record: ContractRecord, *, replace: bool, now_ns: int, effects: list[Effect]
+        self,
+        request: Request,
+        record: ContractRecord,
+        *,
+        replace: bool,
+        hold: bool = False,
+        now_ns: int,
+        effects: list[Effect],
     ) -> None:
-        """Begin a registration; its reply comes when the contract has loaded or failed to."""
+        """Begin a registration; its reply comes when the contract has loaded or failed to.
+
+        With `hold` the contract is then kept back until the host commits it, for `HOLD_LIMIT_NS` at most.
+        """
         if self.is_draining:
             reason = "the broker is shutting down"
             effects.append(SendReply(request, "Unavailable", AbiErrorCode.UNAVAILABLE, reason))
@@ -74,10 +89,12 @@ class Catalogue:
             effects.append(SendReply(request, "Busy", AbiErrorCode.BUSY, reason))
             return
         objection = _objection_to(record.settings)
+        if hold and record.owner is not None:
+            objection = "a private contract is not held: nobody else sees it"
         if objection:
             effects.append(SendReply(request, "BadRequest", AbiErrorCode.BAD_REQUEST, objection))
             return
-        contract = Contract(record, request=request, successor_of=current)
+        contract = Contract(record, request=request, hold=hold, successor_of=current)
         contract.timer = self._wheel.set(now_ns + REGISTRATION_LIMIT_NS, contract)
         self.pending[record.id] = contract
         self._workforce.request(contract, now_ns, effects)
@@ -104,28 +121,73 @@ class Catalogue:
         if request is None:
             return
         contract.request = None
-        if contract.record.owner is None:
+        if contract.hold:
+            contract.holder = request.session_id
+            self._set_timer(contract, now_ns + HOLD_LIMIT_NS)
+            effects.append(SendReply(request))
+        elif contract.record.owner is None:
             self._stop_timer(contract)
             effects.append(StoreContract(contract, request))
         else:
-            self._serve(contract, request, now_ns, effects)
+            self._serve(contract, now_ns, effects)
+            effects.append(SendReply(request))
 
     def stored(self, contract: Contract, request: Request, problem: str, now_ns: int, effects: list[Effect]) -> None:
         """A contract was written to the registry's file, or could not be."""
-        if not problem:
-            self._serve(contract, request, now_ns, effects)
+        self.all_stored((contract,), request, problem, now_ns, effects)
+
+    def commit(self, request: Request, ids: Sequence[int], now_ns: int, effects: list[Effect]) -> None:
+        """Store contracts that are held for a host, to serve all of them or, where one is not held any more, none."""
+        held = {each.record.id: each for each in self.pending.values() if each.holder == request.session_id}
+        lost = next((contract_id for contract_id in ids if contract_id not in held), None)
+        if lost is not None:
+            reason = f"contract {format_id(lost)} is not held for this host (any longer); register it anew"
+            effects.append(SendReply(request, "BadRequest", AbiErrorCode.BAD_REQUEST, reason))
             return
-        effects.append(SendReply(request, "Unavailable", AbiErrorCode.UNAVAILABLE, problem))
+        chosen = tuple(held[contract_id] for contract_id in dict.fromkeys(ids))
+        for contract in chosen:
+            contract.holder = b""
+            self._stop_timer(contract)
+        effects.append(StoreContracts(chosen, request))
+
+    def release(self, request: Request, ids: Sequence[int], now_ns: int, effects: list[Effect]) -> None:
+        """Drop contracts that are held for a host, or load to be."""
+        for contract_id in ids:
+            contract = self.pending.get(contract_id)
+            if contract is not None:
+                self._release(contract, request.session_id, "its host no longer wants it", now_ns, effects)
+        effects.append(SendReply(request))
+
+    def _release(self, contract: Contract, session_id: bytes, why: str, now_ns: int, effects: list[Effect]) -> None:
+        if contract.holder == session_id:
+            self._drop(contract, now_ns, effects)
+        elif contract.hold and contract.request is not None and contract.request.session_id == session_id:
+            self._refuse(contract, contract.request, "load", why, now_ns, effects)
+
+    def all_stored(
+        self, contracts: Iterable[Contract], request: Request, problem: str, now_ns: int, effects: list[Effect]
+    ) -> None:
+        """Contracts were written to the registry's file in one transaction, or none of them could be."""
+        for contract in contracts:
+            if problem:
+                self._drop(contract, now_ns, effects)
+            else:
+                self._serve(contract, now_ns, effects)
+        failed = ("Unavailable", AbiErrorCode.UNAVAILABLE, problem) if problem else ()
+        effects.append(SendReply(request, *failed))
+
+    def _drop(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
+        """Forget a contract that has loaded and will not be served."""
+        contract.holder = b""
         del self.pending[contract.record.id]
         self._retire(contract, now_ns, effects)
 
-    def _serve(self, contract: Contract, request: Request, now_ns: int, effects: list[Effect]) -> None:
+    def _serve(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
         del self.pending[contract.record.id]
         self._set_timer(contract, now_ns + UNCALLED_NS)
         replaced = self._succeed(contract, now_ns, effects)
         self._registry.put(contract.record)
         self.serving[contract.record.id] = contract
-        effects.append(SendReply(request))
         event = "contract replaced" if replaced else "contract registered"
         effects.append(Record("info", event, {"contract": contract.record.title}))
 
@@ -169,6 +231,8 @@ class Catalogue:
         for contract in list(self.pending.values()):
             if contract.record.owner == session_id and contract.request is not None:
                 self._refuse(contract, contract.request, "load", "its host is gone", now_ns, effects)
+            else:
+                self._release(contract, session_id, "its host is gone", now_ns, effects)
         for record in self._registry.owned_by(session_id):
             self.remove(record.id, now_ns, effects)
 
@@ -178,6 +242,9 @@ class Catalogue:
         if contract.request is not None:
             reason = f"no worker was ready for it within {REGISTRATION_LIMIT_NS // NS_PER_S} s"
             self._refuse(contract, contract.request, "load", reason, now_ns, effects)
+            return
+        if contract.holder:
+            self._drop(contract, now_ns, effects)
             return
         self.staff(contract, now_ns, effects)
         if not contract.called:

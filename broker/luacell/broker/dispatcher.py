@@ -411,14 +411,28 @@ class Dispatcher(Handover):
                 self.catalogue.staff(worker.contract, now_ns, effects)
         return effects
 
+    def contracts_stored(
+        self, contracts: tuple[Contract, ...], request: Request, problem: str, now_ns: int
+    ) -> list[Effect]:
+        """Contracts that were held were written, or, with a problem, none of them could be."""
+        effects: list[Effect] = []
+        self.catalogue.all_stored(contracts, request, problem, now_ns, effects)
+        for contract in contracts:
+            self._take_over(contract, now_ns, effects)
+        return effects
+
     def contract_stored(self, contract: Contract, request: Request, problem: str, now_ns: int) -> list[Effect]:
         """A registered contract was written to the registry's file, or, with a problem, could not be."""
         effects: list[Effect] = []
         self.catalogue.stored(contract, request, problem, now_ns, effects)
-        while contract.idle and contract.queue:  # taken over from the contract that it replaces
+        self._take_over(contract, now_ns, effects)
+        return effects
+
+    def _take_over(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
+        """Hand out the calls that waited for the contract that this one replaces."""
+        while contract.idle and contract.queue:
             self._employ(contract.idle.pop(), now_ns, effects)
         self.catalogue.staff(contract, now_ns, effects)
-        return effects
 
     def unregister(self, contract_id: int, now_ns: int) -> list[Effect]:
         """Remove a contract: queued calls fail, running ones end."""

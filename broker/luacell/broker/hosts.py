@@ -89,6 +89,7 @@ class Hosts:
             Op.CANCEL: self._on_cancel,
             Op.HELLO: self._on_hello,
             Op.REGISTER: self._on_register,
+            Op.COMMIT: self._on_commit,
             Op.UNREGISTER: self._on_unregister,
             Op.LIST: self._on_list,
             Op.DESCRIBE: self._on_describe,
@@ -191,7 +192,21 @@ class Hosts:
             return
         effects: list[Effect] = []
         now_ns = time.monotonic_ns()
-        self._dispatcher.catalogue.register(request, record, replace=asked.replace, now_ns=now_ns, effects=effects)
+        self._dispatcher.catalogue.register(
+            request, record, replace=asked.replace, hold=asked.hold, now_ns=now_ns, effects=effects
+        )
+        self._perform(effects)
+
+    def _on_commit(self, peer: bytes, count: int, message: bytes) -> None:
+        asked = decode(messages.Commit, message)
+        request = Request(peer, asked.request_id)
+        if self._keeper.is_full:
+            self._outbox.send_reply(_too_many_changes(request))
+            return
+        ids = [id_of(asked.contracts[start : start + 8]) for start in range(0, len(asked.contracts), 8)]
+        effects: list[Effect] = []
+        change = self._dispatcher.catalogue.commit if asked.serve else self._dispatcher.catalogue.release
+        change(request, ids, time.monotonic_ns(), effects)
         self._perform(effects)
 
     def _on_unregister(self, peer: bytes, count: int, message: bytes) -> None:
@@ -237,6 +252,8 @@ class Hosts:
             "name": record.name,
             "version": str(record.version) if record.version else "",
             "api": record.modules.get(messages.API_MODULE, b""),
+            "unit": record.unit,
+            "requires": record.modules.get(messages.REQUIRES_MODULE, b""),
         }
         self._outbox.send_reply(SendReply(request, body=body))
 

@@ -10,7 +10,7 @@ import logging
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
@@ -58,6 +58,10 @@ class Keeper:
             report: called by the loop when it is written, with "" or why it is not.
         """
         self._ask(partial(self._store.put, record), report)
+
+    def put_all(self, records: Sequence[ContractRecord], report: Report) -> None:
+        """Write several contracts, all or none; as `put`."""
+        self._ask(partial(self._store.put, *records), report)
 
     def remove(self, contract_id: int, report: Report) -> None:
         """Remove a contract; as `put`."""

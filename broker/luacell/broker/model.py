@@ -124,6 +124,8 @@ class Contract:
 
     Attributes:
         request: the registration that waits for its first load, or None.
+        hold: whether it is kept back, once it has loaded, until its host commits it.
+        holder: the session that it is kept back for, or b"".
         successor_of: the contract that this one replaces once it has loaded.
         workers: those that serve or load it, oldest first, without doomed ones.
         idle: a subset of `workers`, the most recently used last.
@@ -142,6 +144,8 @@ class Contract:
 
     record: ContractRecord
     request: Request | None = None
+    hold: bool = False
+    holder: bytes = b""
     successor_of: Contract | None = None
     queue: FairQueue[Session, Call] = field(default_factory=lambda: FairQueue(QUEUE_MAX))
     workers: dict[Worker, None] = field(default_factory=dict)
@@ -311,6 +315,13 @@ class StoreContract(NamedTuple):
     request: Request
 
 
+class StoreContracts(NamedTuple):
+    """Write contracts that were held, all or none; `contracts_stored` tells how that went."""
+
+    contracts: tuple[Contract, ...]
+    request: Request
+
+
 class StartWorker(NamedTuple):
     """Order a blank worker from the worker host."""
 
@@ -351,6 +362,7 @@ Effect = (
     | SendReleased
     | SendReply
     | StoreContract
+    | StoreContracts
     | StartWorker
     | LoadWorker
     | KillWorker

@@ -12,7 +12,16 @@ from typing import Any
 
 from luacell.protocol.identity import HostContractId, Version, format_id
 from luacell.protocol.limits import LISTED_CONTRACTS_MAX
-from luacell.protocol.messages import API_MODULE, IN_INSTANCE, OF_INSTANCES, Register, Settings, id_of
+from luacell.protocol.messages import (
+    API_MODULE,
+    IN_INSTANCE,
+    OF_INSTANCES,
+    UNIT_MODULE,
+    UNIT_NAME_MAX,
+    Register,
+    Settings,
+    id_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,11 @@ class ContractRecord:
         is_typed = API_MODULE in self.modules
         return f"{self.title} fn {fn_id & ~IN_INSTANCE if is_typed and fn_id < OF_INSTANCES else fn_id}"
 
+    @property
+    def unit(self) -> str:
+        """The deployment that it belongs to, or ""."""
+        return self.modules.get(UNIT_MODULE, b"").decode("utf-8", "replace")[:UNIT_NAME_MAX]
+
     def as_listed(self) -> dict[str, Any]:
         """Return what a listing shows."""
         return {
@@ -79,6 +93,7 @@ class ContractRecord:
             "deadline_us": self.settings.deadline_us,
             "stateless": self.settings.stateless,
             "workers": self.settings.workers,
+            "unit": self.unit,
         }
 
 

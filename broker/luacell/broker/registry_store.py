@@ -236,40 +236,44 @@ class RegistryStore:
         return Settings(**fields)
 
     # -- writing --------------------------------------------------------------------------------------------------
-    def put(self, record: ContractRecord) -> None:
-        """Write a contract, in place of the one of its id; on return it is there for good.
+    def put(self, *records: ContractRecord) -> None:
+        """Write contracts, each in place of the one of its id, all or none; on return they are there for good.
 
         Raises:
-            StoreError: it could not be written; what was there is there.
+            StoreError: they could not be written; what was there is there.
         """
+        with self._translated("write"), self._transaction():
+            for record in records:
+                self._put(record)
+
+    def _put(self, record: ContractRecord) -> None:
         assert record.owner is None, "private contracts are never stored"
         raw_id = _key(record.id)
         execute = self._database.execute
         sources = {sha256(source).digest(): source for source in (record.source, *record.modules.values())}
-        with self._translated("write"), self._transaction():
-            before = self._digests_of(raw_id)
-            execute("DELETE FROM contracts WHERE id = ?", (raw_id,))
-            for digest, source in sources.items():
-                execute("INSERT OR IGNORE INTO sources VALUES (?, ?)", (digest, source))
-            execute(
-                "INSERT INTO contracts (id, name, version, chunk_name, digest) VALUES (?, ?, ?, ?, ?)",
-                (
-                    raw_id,
-                    record.name,
-                    str(record.version) if record.version else None,
-                    record.chunk_name,
-                    sha256(record.source).digest(),
-                ),
-            )
-            self._database.executemany(
-                "INSERT INTO modules VALUES (?, ?, ?)",
-                [(raw_id, name, sha256(source).digest()) for name, source in record.modules.items()],
-            )
-            self._database.executemany(
-                "INSERT INTO settings VALUES (?, ?, ?)",
-                [(raw_id, name, value) for name, value in record.settings.as_fields().items()],
-            )
-            self._forget_sources(before - sources.keys())
+        before = self._digests_of(raw_id)
+        execute("DELETE FROM contracts WHERE id = ?", (raw_id,))
+        for digest, source in sources.items():
+            execute("INSERT OR IGNORE INTO sources VALUES (?, ?)", (digest, source))
+        execute(
+            "INSERT INTO contracts (id, name, version, chunk_name, digest) VALUES (?, ?, ?, ?, ?)",
+            (
+                raw_id,
+                record.name,
+                str(record.version) if record.version else None,
+                record.chunk_name,
+                sha256(record.source).digest(),
+            ),
+        )
+        self._database.executemany(
+            "INSERT INTO modules VALUES (?, ?, ?)",
+            [(raw_id, name, sha256(source).digest()) for name, source in record.modules.items()],
+        )
+        self._database.executemany(
+            "INSERT INTO settings VALUES (?, ?, ?)",
+            [(raw_id, name, value) for name, value in record.settings.as_fields().items()],
+        )
+        self._forget_sources(before - sources.keys())
 
     def remove(self, contract_id: int) -> None:
         """Remove a contract, if it is there.

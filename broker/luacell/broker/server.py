@@ -62,7 +62,7 @@ HEARTBEAT_LIMIT_MS: Final = 2500
 
 _CALL_HEAD: Final = headers.head(Op.CALL)
 _CALL_SIZE: Final = headers.PREAMBLE_SIZE + headers.CALL.size
-_INLINE_CONTROL: Final = frozenset({Op.REGISTER, Op.UNREGISTER, Op.LIST, Op.HEALTH})
+_INLINE_CONTROL: Final = frozenset({Op.REGISTER, Op.COMMIT, Op.UNREGISTER, Op.LIST, Op.DESCRIBE, Op.HEALTH})
 _DONE_HEAD: Final = headers.head(Op.DONE)
 _DONE_SIZE: Final = headers.PREAMBLE_SIZE + headers.DONE.size
 _PREAMBLE_SIZE: Final = headers.PREAMBLE_SIZE
@@ -162,6 +162,7 @@ class Server:
             model.SendReleased: outbox.send_released,
             model.SendReply: outbox.send_reply,
             model.StoreContract: self._store_contract,
+            model.StoreContracts: self._store_contracts,
             model.LoadWorker: outbox.send_load,
             model.StartWorker: self._workers.order_start,
             model.KillWorker: self._workers.order_kill,
@@ -608,6 +609,14 @@ class Server:
             self._perform(self._dispatcher.contract_stored(contract, request, problem, time.monotonic_ns()))
 
         self._keeper.put(contract.record, report)
+
+    def _store_contracts(self, effect: model.StoreContracts) -> None:
+        contracts, request = effect
+
+        def report(problem: str) -> None:
+            self._perform(self._dispatcher.contracts_stored(contracts, request, problem, time.monotonic_ns()))
+
+        self._keeper.put_all([contract.record for contract in contracts], report)
 
     def _drop_pair(self, pair: Pair) -> None:
         """Unmap and close a pair of segments, here and in the workers that have it."""

@@ -83,7 +83,7 @@ def reported(subject: str = "") -> Iterator[None]:
     except UsageError as error:
         fail(str(error), EXIT_USAGE, error.hint)
     except LuacellError as error:
-        code, hint = _meaning(error)
+        code, hint = meaning_of(error)
         text = str(error)
         fail(text if not subject or text.startswith(subject) else f"{subject}: {text}", code, hint)
     except ValueError as error:
@@ -94,21 +94,24 @@ def reported(subject: str = "") -> Iterator[None]:
 
 def fail(text: str, code: int, hint: str = "") -> NoReturn:
     """Say what is wrong and what to do, and end with an exit code."""
-    typer.echo(f"luacell: {_printable(text)}", err=True)
+    typer.echo(f"luacell: {printable(text)}", err=True)
     if hint:
         typer.echo(f"hint: {hint}", err=True)
     raise typer.Exit(code)
 
 
-def _meaning(error: LuacellError) -> tuple[int, str]:
-    from luacell.client import DeploymentError
+def meaning_of(error: LuacellError) -> tuple[int, str]:
+    """Return the exit code and the hint of an error."""
+    from luacell.client import DeploymentError, NotDeployed
 
+    if isinstance(error, NotDeployed):
+        return EXIT_NOT_FOUND, "`luacell ls --output json` shows the unit of each contract"
     if isinstance(error, DeploymentError):
         return EXIT_USAGE, ""
     return next(((code, hint) for kind, code, hint in _MEANINGS if isinstance(error, kind)), (EXIT_FAILED, ""))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Write out control characters: what a contract says must not steer the terminal."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 

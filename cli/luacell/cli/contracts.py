@@ -1,4 +1,4 @@
-"""The verbs about contracts: deploy, register, unregister, call, ls."""
+"""The verbs about contracts: deploy, undeploy, register, unregister, call, ls."""
 
 from __future__ import annotations
 
@@ -27,11 +27,25 @@ def deploy(
     endpoint: Endpoint = None,
     output: OutputFormat = Output.TEXT,
 ) -> None:
-    """Register all contracts of a directory, or none."""
+    """Register all contracts of a directory, or none; again, and a newer version takes their place."""
     with reported(), connected(endpoint) as bridge:
         names = bridge.deploy(directory)
         if output is Output.JSON:
             print_json({"deployed": names})
+        else:
+            typer.echo("\n".join(names))
+
+
+def undeploy(
+    unit: Annotated[str, typer.Argument(metavar="NAME_OR_DIR", help="A deployed unit, or its directory.")],
+    endpoint: Endpoint = None,
+    output: OutputFormat = Output.TEXT,
+) -> None:
+    """Remove all contracts of a deployed directory; refused while another one requires them."""
+    with reported(), connected(endpoint) as bridge:
+        names = bridge.undeploy(unit)
+        if output is Output.JSON:
+            print_json({"undeployed": names})
         else:
             typer.echo("\n".join(names))
 

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from luacell.cli import bench, contracts, explain, health, new, stubs, validate
+from luacell.cli import bench, contracts, dev, explain, health, new, stubs, validate
 from luacell.cli.options import Level, LogLevel, RunDir, Spares, StateDir, Tcp
 from luacell.protocol.paths import STATE_DIRECTORY, default_run_directory, default_state_directory
 from luacell.protocol.release import __version__
@@ -98,6 +98,8 @@ def _become(module: str, run_dir: Path, *options: str) -> None:
 
 
 app.command()(contracts.deploy)
+app.command()(contracts.undeploy)
+app.command()(dev.dev)
 app.command()(contracts.register)
 app.command()(contracts.unregister)
 app.command()(contracts.call)

@@ -13,6 +13,7 @@ from luacell.client.deployment import DeploymentError
 from luacell.client.function import LuaFunction
 from luacell.client.replies import ContractInfo
 from luacell.client.scratch import AsyncScratchVm, ScratchVm
+from luacell.client.units import NotDeployed
 from luacell.protocol.errors import (
     AbiError,
     AbiErrorCode,
@@ -87,6 +88,7 @@ __all__ = [
     "LuaFunction",
     "LuaHostBridge",
     "LuacellError",
+    "NotDeployed",
     "NotFound",
     "OutOfMemory",
     "Panic",

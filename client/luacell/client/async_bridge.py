@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from luacell.client.arguments import Arguments, Contract, Names, checked_capacity, without_emptiness
 from luacell.client.async_link import AsyncLink
@@ -38,6 +38,7 @@ from luacell.client.requests import (
 )
 from luacell.client.scratch import ATTEMPTS, AsyncScratchVm, implementation
 from luacell.client.threads import done_in_thread, made_in_thread, uncancelled
+from luacell.client.units import Questions, deploying, undeploying
 from luacell.protocol import messages
 from luacell.protocol.errors import (
     AbiError,
@@ -53,6 +54,8 @@ from luacell.protocol.errors import (
 )
 from luacell.protocol.identity import ContractRef
 from luacell.protocol.paths import ENDPOINT_VARIABLE
+
+T = TypeVar("T")
 
 
 class AsyncLuaHostBridge(Bridge):
@@ -202,33 +205,60 @@ class AsyncLuaHostBridge(Bridge):
         return listing.found
 
     async def deploy(self, directory: str | os.PathLike[str]) -> list[str]:
-        """Register all contracts of a directory with a `luacell.toml`, or none.
+        """Register all contracts of a directory with a `luacell.toml`, or none, in place of what it was before.
+
+        All of them are served from one moment on; calls in flight end on what they began on, and none fails for it.
 
         Returns:
             The names of the contracts, as `host.name@major`.
 
         Raises:
-            DeploymentError: the directory or its `luacell.toml` is not right; names file, table and key.
-            BridgeError: a contract does not load, or its id is taken.
+            DeploymentError: the directory or its `luacell.toml` is not right (names file, table and key), requires
+                what is not there, or is no successor of what is deployed (names both versions).
+            DuplicateContract: an id is taken by a contract that did not come from this unit.
+            BridgeError: a contract does not load.
         """
         self._opened_link()
         deployment = await done_in_thread(lambda: Deployment.read(Path(directory)))
-        done: list[ContractRef] = []
-        try:
-            for unit in deployment.units:
-                await self._request(
-                    registration(unit.ref, unit.function, unit.settings, deployment.modules), unit.ref.id
-                )
-                done.append(unit.ref)
-        except BaseException:
-            await uncancelled(self._unregister(done))
-            raise
-        return [str(ref) for ref in done]
+        return self._named(await self._follow(deploying(deployment)))
 
-    async def _unregister(self, refs: list[ContractRef]) -> None:
-        for ref in refs:
-            with contextlib.suppress(BridgeError, CallError):
-                await self.unregister_host_contract(ref.id)
+    async def undeploy(self, unit: str | os.PathLike[str]) -> list[str]:
+        """Remove all contracts of a unit; as `unregister_host_contract` for each.
+
+        Args:
+            unit: its name, or else its directory.
+
+        Returns:
+            The names of the contracts, as `host.name@major`.
+
+        Raises:
+            NotDeployed: there is no such unit.
+            DeploymentError: another unit requires one of its contracts; names both.
+        """
+        self._opened_link()
+        return self._named(await self._follow(undeploying(unit)))
+
+    def _named(self, changed: list[ContractRef]) -> list[str]:
+        """Forget what was known of contracts that have changed, and return their names."""
+        for ref in changed:
+            self._opened_link().calls.forget(ref.id)
+        return [str(ref) for ref in changed]
+
+    async def _follow(self, questions: Questions[T]) -> T:
+        """Ask what is to be asked, and return what came of it; what is asked after a failure is asked to the end."""
+        try:
+            question, is_undoing = next(questions), False
+            while True:
+                asking = self._request(*question)
+                try:
+                    reply = await (uncancelled(asking) if is_undoing else asking)
+                except BaseException as error:
+                    question, is_undoing = questions.throw(error), True
+                else:
+                    question = questions.send(reply)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
     async def contract(self, name: str, min_version: str | None = None, *, types: Iterable[type[Any]] = ()) -> Any:
         """Return a proxy of a typed contract, whose methods are awaited; as `LuaHostBridge.contract`.

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from luacell.client.arguments import Arguments, Contract, Names, checked_capacity, without_emptiness
 from luacell.client.calls import Calls
@@ -38,12 +38,12 @@ from luacell.client.requests import (
     unregistration,
 )
 from luacell.client.scratch import ATTEMPTS, ScratchVm, implementation
+from luacell.client.units import Questions, deploying, undeploying
 from luacell.protocol import messages
 from luacell.protocol.errors import (
     AbiError,
     AbiErrorCode,
     BridgeClosed,
-    BridgeError,
     BridgeForked,
     CallError,
     DuplicateContract,
@@ -52,6 +52,8 @@ from luacell.protocol.errors import (
 )
 from luacell.protocol.identity import FN_ID_MAX, ContractRef
 from luacell.protocol.limits import PAYLOAD_MAX
+
+T = TypeVar("T")
 
 
 class LuaHostBridge(Bridge):
@@ -175,28 +177,59 @@ class LuaHostBridge(Bridge):
         return listing.found
 
     def deploy(self, directory: str | os.PathLike[str]) -> list[str]:
-        """Register all contracts of a directory with a `luacell.toml`, or none.
+        """Register all contracts of a directory with a `luacell.toml`, or none, in place of what it was before.
+
+        All of them are served from one moment on; calls in flight end on what they began on, and none fails for it.
 
         Returns:
             The names of the contracts, as `host.name@major`.
 
         Raises:
-            DeploymentError: the directory or its `luacell.toml` is not right; names file, table and key.
-            BridgeError: a contract does not load, or its id is taken.
+            DeploymentError: the directory or its `luacell.toml` is not right (names file, table and key), requires
+                what is not there, or is no successor of what is deployed (names both versions).
+            DuplicateContract: an id is taken by a contract that did not come from this unit.
+            BridgeError: a contract does not load.
         """
         self._check()
         deployment = Deployment.read(Path(directory))
-        done: list[ContractRef] = []
+        return self._named(self._follow(deploying(deployment)))
+
+    def undeploy(self, unit: str | os.PathLike[str]) -> list[str]:
+        """Remove all contracts of a unit; as `unregister_host_contract` for each.
+
+        Args:
+            unit: its name, or else its directory.
+
+        Returns:
+            The names of the contracts, as `host.name@major`.
+
+        Raises:
+            NotDeployed: there is no such unit.
+            DeploymentError: another unit requires one of its contracts; names both.
+        """
+        self._check()
+        return self._named(self._follow(undeploying(unit)))
+
+    def _named(self, changed: list[ContractRef]) -> list[str]:
+        """Forget what was known of contracts that have changed, and return their names."""
+        for ref in changed:
+            self._link.calls.forget(ref.id)
+        return [str(ref) for ref in changed]
+
+    def _follow(self, questions: Questions[T]) -> T:
+        """Ask what is to be asked, and return what came of it."""
         try:
-            for unit in deployment.units:
-                self._request(registration(unit.ref, unit.function, unit.settings, deployment.modules), unit.ref.id)
-                done.append(unit.ref)
-        except BaseException:
-            for ref in done:
-                with contextlib.suppress(BridgeError, CallError):
-                    self.unregister_host_contract(ref.id)
-            raise
-        return [str(ref) for ref in done]
+            question = next(questions)
+            while True:
+                try:
+                    reply = self._request(*question)
+                except BaseException as error:
+                    question = questions.throw(error)
+                else:
+                    question = questions.send(reply)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
     def contract(self, name: str, min_version: str | None = None, *, types: Iterable[type[Any]] = ()) -> Any:
         """Return a proxy of a typed contract: an object whose methods are the contract's functions.

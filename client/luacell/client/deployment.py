@@ -21,6 +21,7 @@ from luacell.protocol.identity import ContractRef
 from luacell.protocol.limits import (
     DEADLINE_DEFAULT_US,
     DEADLINE_MAX_US,
+    HELD_CONTRACTS_MAX,
     KIB,
     MEMORY_DEFAULT,
     MEMORY_MAX,
@@ -29,12 +30,14 @@ from luacell.protocol.limits import (
     SOURCE_MAX,
     WORKERS_PER_CONTRACT_MAX,
 )
-from luacell.protocol.messages import API_MODULE, SANDBOX_LEVELS, Settings
+from luacell.protocol.messages import API_MODULE, REQUIRES_MODULE, SANDBOX_LEVELS, UNIT_MODULE, UNIT_NAME_MAX, Settings
 
 MANIFEST: Final = "luacell.toml"
 MODULES_MAX: Final = 1000
 
-_TOP_KEYS: Final = ("api", "contract")
+REQUIRES_MAX: Final = 256
+
+_TOP_KEYS: Final = ("name", "api", "requires", "contract")
 _CONTRACT_KEYS: Final = (
     "source",
     "workers",
@@ -71,13 +74,19 @@ class Deployment:
 
     Attributes:
         units: its contracts, in the order of the file.
-        modules: its Lua files by `require` name.
+        modules: its Lua files by `require` name, and under reserved names what a registration carries besides.
+        directory: where it was read.
+        name: of the unit: `name` in the file, else the directory's.
+        requires: contracts of others, with the least version that will do.
         api: what its api.toml declares; None where its contracts are raw.
     """
 
     units: tuple[Unit, ...]
     modules: dict[str, bytes]
-    api: Api | None = None
+    directory: Path
+    name: str
+    requires: tuple[ContractRef, ...]
+    api: Api | None
 
     @classmethod
     def read(cls, directory: Path) -> Deployment:
@@ -91,14 +100,31 @@ class Deployment:
         contracts = tables.get("contract")
         if not isinstance(contracts, dict) or not contracts:
             raise DeploymentError(f'{manifest.at("contract")}: names no contract; add a table [contract."host.name@1"]')
+        if len(contracts) > HELD_CONTRACTS_MAX:
+            raise DeploymentError(
+                f"{manifest.at('contract')}: has {len(contracts)} contracts; the limit is {HELD_CONTRACTS_MAX}"
+            )
         api_text, api = _read_api(directory, manifest, tables)
-        units = tuple(_read_unit(directory, manifest, name, table, api) for name, table in contracts.items())
+        name, requires = _read_name(directory, manifest, tables), _read_requires(manifest, tables)
+        units = tuple(_read_unit(directory, manifest, title, table, api) for title, table in contracts.items())
         modules = _read_modules(directory)
         if api_text:
             modules[API_MODULE] = api_text
+        modules[UNIT_MODULE] = name.encode()
+        modules[REQUIRES_MODULE] = "\n".join(f"{each.name}@{each.version}" for each in requires).encode()
         for unit in units:
             _check_total(directory, unit, modules)
-        return cls(units, modules, api)
+        return cls(units, modules, directory, name, requires, api)
+
+    @staticmethod
+    def name_of(directory: Path) -> str:
+        """Return the name of a directory's unit, whatever else is wrong with it.
+
+        Raises:
+            DeploymentError: its `luacell.toml` cannot be read, or the name is none.
+        """
+        manifest, tables = _read_manifest(directory / MANIFEST)
+        return _read_name(directory, manifest, tables)
 
 
 class _Manifest:
@@ -184,6 +210,27 @@ class _Table:
         if not low <= value <= high:
             raise self.error(key, f'a size such as "64MiB", from {low // MIB} MiB to {high // MIB} MiB')
         return value
+
+
+def _read_name(directory: Path, manifest: _Manifest, tables: dict[str, Any]) -> str:
+    """Read the name of the unit; without one it is the last part of the directory's path."""
+    name = tables.get("name", directory.resolve().name)
+    if not isinstance(name, str) or not 0 < len(name) <= UNIT_NAME_MAX or not _is_text(name) or not name.isprintable():
+        raise DeploymentError(
+            f"{manifest.at('name')}: name = {name!r} is not a text of 1..{UNIT_NAME_MAX} printable characters"
+        )
+    return name
+
+
+def _read_requires(manifest: _Manifest, tables: dict[str, Any]) -> tuple[ContractRef, ...]:
+    wanted = f'a list of at most {REQUIRES_MAX} texts such as "host.logger@1.2"'
+    given = tables.get("requires", [])
+    if not isinstance(given, list) or len(given) > REQUIRES_MAX or not all(isinstance(each, str) for each in given):
+        raise DeploymentError(f"{manifest.at('requires')}: requires = {given!r} is not {wanted}")
+    try:
+        return tuple(ContractRef.of(each) for each in given)
+    except ValueError as error:
+        raise DeploymentError(f"{manifest.at('requires')}: requires: {error}") from None
 
 
 def _read_api(directory: Path, manifest: _Manifest, tables: dict[str, Any]) -> tuple[bytes, Api | None]:

@@ -29,6 +29,7 @@ class ContractInfo:
         deadline: seconds, the default for callers.
         stateless: whether it may have several workers.
         workers: how many it may have.
+        unit: the deployment that it belongs to, or "".
     """
 
     id: int
@@ -37,6 +38,7 @@ class ContractInfo:
     deadline: float
     stateless: bool
     workers: int
+    unit: str = ""
 
     @classmethod
     def from_listing(cls, row: dict[str, Any]) -> ContractInfo:
@@ -48,6 +50,7 @@ class ContractInfo:
             deadline=row["deadline_us"] / 1e6,
             stateless=row["stateless"],
             workers=row["workers"],
+            unit=row["unit"],
         )
 
     def __str__(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from luacell.client.function import LuaFunction
@@ -35,6 +35,7 @@ def registration(
     *,
     replace: bool = False,
     private: bool = False,
+    hold: bool = False,
 ) -> Request:
     """Return the request that registers a contract.
 
@@ -55,8 +56,15 @@ def registration(
         modules=modules or {},
         replace=replace,
         private=private,
+        hold=hold,
         **(settings or Settings()).as_fields(),
     )
+
+
+def commitment(contract_ids: Iterable[int], *, serve: bool) -> Request:
+    """Return the request that has contracts served, or dropped, which were registered with `hold`."""
+    raw = b"".join(map(id_bytes, contract_ids))
+    return lambda number: messages.Commit(request_id=number, contracts=raw, serve=serve)
 
 
 def unregistration(contract_id: int) -> Request:

@@ -40,6 +40,7 @@ class Op(IntEnum):
     LEASE = 11
     CALL_INLINE = 12
     DESCRIBE = 13
+    COMMIT = 14
     # broker to host
     WELCOME = 32
     RESULT = 33

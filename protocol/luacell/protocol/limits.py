@@ -41,6 +41,7 @@ CALLS_IN_FLIGHT_MAX: Final = 1024  # per host; its slots of 12 KiB are 12 MiB
 QUEUE_MAX: Final = 1024  # calls that wait for one contract, over all hosts
 SESSIONS_MAX: Final = 4096  # hosts; each costs two descriptors
 CONTRACTS_MAX: Final = 10_000
+HELD_CONTRACTS_MAX: Final = 256  # committed at once: as many as one api.toml declares
 WORKERS_PER_CONTRACT_MAX: Final = 64
 WORKERS_MAX: Final = 1024  # processes; at 4 MB each 4 GB
 SPARES_MAX: Final = 64

@@ -37,6 +37,7 @@ from luacell.protocol.limits import (
     DEADLINE_DEFAULT_US,
     DEADLINE_MAX_US,
     ERROR_TEXT_MAX,
+    HELD_CONTRACTS_MAX,
     MEMORY_DEFAULT,
     MEMORY_MAX,
     MEMORY_MIN,
@@ -55,6 +56,9 @@ REASON_MAX: Final = 2 * ERROR_TEXT_MAX  # characters: an error text within a sen
 IN_INSTANCE: Final = 0x8000_0000  # of a typed call's function id: its arguments begin with the number of an instance
 OF_INSTANCES: Final = 0xFFFF_FF00  # from here on, function ids are about instances and results that wait
 API_MODULE: Final = ":api.toml"  # among a registration's modules: the description of a typed contract; never required
+UNIT_MODULE: Final = ":unit"  # likewise: the name of the deployment that a contract belongs to
+REQUIRES_MODULE: Final = ":requires"  # likewise: what that deployment requires, one `host.name@1.2` a line
+UNIT_NAME_MAX: Final = 128  # characters
 POSTURE_MAX: Final = 400  # characters
 ID_MAX: Final = U64_MAX
 
@@ -137,6 +141,7 @@ class Register:
         modules: the directory's own modules by `require` name.
         replace: take the place of a registered contract of this id.
         private: lives and dies with this host's session and is not listed.
+        hold: once it has loaded, keep it back until COMMIT; not for private ones.
     """
 
     OP: ClassVar[Op] = Op.REGISTER
@@ -156,6 +161,22 @@ class Register:
     stateless: bool = boolean()
     idempotent: bool = boolean()
     sandbox: str = text(16)
+    hold: bool = boolean(False)
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A host has contracts that are held for it served, all at once or none, or dropped.
+
+    Attributes:
+        contracts: their ids, 8 bytes each.
+        serve: False drops them, those that still load included.
+    """
+
+    OP: ClassVar[Op] = Op.COMMIT
+    request_id: int = integer(1, U64_MAX)
+    contracts: bytes = blob(0, 8 * HELD_CONTRACTS_MAX)
+    serve: bool = boolean()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,113 @@
+"""Deployment units without a broker: which questions are asked, and which contract succeeds which."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luacell.client import VmRegistrationFailed
+from luacell.client.deployment import Deployment
+from luacell.client.units import deploying, difference
+from luacell.protocol import messages
+from luacell.protocol.api import Contract, parse
+from luacell.protocol.messages import Commit, Message, Register, Reply
+from tests.support.contracts import DOUBLE, write_deployment
+
+TYPES = """
+[[types]]
+name = "Point"
+fields = [{ name = "x", type = "f32" }, { name = "mode", type = "Mode" }]
+[[enum]]
+name = "Mode"
+repr = "u8"
+variants = [{ name = "Off", value = "0" }]
+[[host_contract]]
+name = "host.svc"
+version = "1.0"
+"""
+MOVE = (
+    '{ name = "move", params = [{ name = "to", type = "Point" }, { name = "all", type = "Array<Point>" }],'
+    ' return = "StringView" }'
+)
+STOP = '{ name = "stop" }'
+
+
+def contract(*functions: str, types: str = TYPES) -> Contract:
+    (found,) = parse(f"{types}functions = [{', '.join(functions)}]\n", "api.toml").host_contracts
+    return found
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        contract(MOVE, STOP),
+        contract(MOVE, STOP, '{ name = "more" }'),
+        contract(MOVE.replace('"to"', '"target"'), STOP),
+        contract(MOVE, STOP, types=TYPES.replace('"0" }', '"0", docs = "off" }, { name = "On", value = "1" }')),
+    ],
+    ids=["the same", "one more at the end", "a parameter's name", "a variant more"],
+)
+def test_what_hosts_read_alike_succeeds(new: Contract) -> None:
+    assert difference(contract(MOVE, STOP), new) == ""
+
+
+@pytest.mark.parametrize(
+    ("new", "told"),
+    [
+        (contract(MOVE), "function 1 'stop' is gone"),
+        (contract(STOP, MOVE), "function 0 was 'move' and is 'stop'"),
+        (contract(MOVE.replace("StringView", "Buffer"), STOP), "function 0 'move' has other"),
+        (contract(MOVE.replace("Array<Point>", "Array<u8>"), STOP), "function 0 'move' has other"),
+        (contract(MOVE, STOP.replace("}", ', return = "u8" }')), "function 1 'stop' has other"),
+        (contract(MOVE, STOP, types=TYPES.replace('"f32"', '"u32"')), "function 0 'move' has other"),
+        (contract(MOVE, STOP, types=TYPES.replace('"x"', '"y"')), "function 0 'move' has other"),
+        (contract(MOVE, STOP, types=TYPES.replace('"u8"', '"u16"')), "function 0 'move' has other"),
+        (contract(MOVE, STOP, types=TYPES.replace('"Off"', '"No"')), "function 0 'move' has other"),
+    ],
+)
+def test_what_hosts_would_misread_does_not(new: Contract, told: str) -> None:
+    assert difference(contract(MOVE, STOP), new).startswith(told)
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Deployment:
+    write_deployment(tmp_path, DOUBLE, "host.one@1")
+    with (tmp_path / "luacell.toml").open("a") as manifest:
+        manifest.write('[contract."host.two@1"]\nsource = "probe.lua"\n')
+    return Deployment.read(tmp_path)
+
+
+def asked(question: Any) -> Message:
+    return question.request(7)  # type: ignore[no-any-return]
+
+
+def test_nothing_is_served_before_all_have_loaded(deployment: Deployment) -> None:
+    questions = deploying(deployment)
+    next(questions)
+    registers = [asked(questions.send(Reply(7, body={"contracts": [], "total": 0}))), asked(questions.send(Reply(7)))]
+    assert [(each.name, each.hold) for each in registers if isinstance(each, Register)] == [
+        ("host.one", True),
+        ("host.two", True),
+    ]
+    commit = asked(questions.send(Reply(7)))
+    assert commit == Commit(7, b"".join(messages.id_bytes(unit.ref.id) for unit in deployment.units), serve=True)
+    with pytest.raises(StopIteration) as ended:
+        questions.send(Reply(7))
+    assert ended.value.value == [unit.ref for unit in deployment.units]
+
+
+@pytest.mark.parametrize(
+    ("error", "count"), [(VmRegistrationFailed(1, "why"), 1), (KeyboardInterrupt(), 2)], ids=["refused", "interrupted"]
+)
+def test_what_was_loaded_is_dropped_after_a_failure(deployment: Deployment, error: BaseException, count: int) -> None:
+    questions = deploying(deployment)
+    next(questions)
+    questions.send(Reply(7, body={"contracts": [], "total": 0}))
+    questions.send(Reply(7))
+    dropped = asked(questions.throw(error))
+    ids = b"".join(messages.id_bytes(unit.ref.id) for unit in deployment.units[:count])
+    assert dropped == Commit(7, ids, serve=False)
+    with pytest.raises(type(error)):
+        questions.send(Reply(7))
