@@ -134,7 +134,8 @@ def test_ctrl_c_at_any_moment_is_130_or_too_late(luacell: Command) -> None:
         out, errors = process.communicate(timeout=LIMIT_S)
         if b"luacell/cli" in errors:
             pytest.fail(errors.decode())
-        assert process.returncode in (0, 130, -signal.SIGINT), (delay_ms, out, errors)
+        if b"init_import_site" not in errors:  # which the interpreter calls fatal
+            assert process.returncode in (0, 130, -signal.SIGINT), (delay_ms, out, errors)
 
 
 # -- completion ----
