@@ -80,6 +80,14 @@ def test_description_is_read_once_until_it_changes() -> None:
     assert typed.of(SVC_ID, {"api": OTHER.encode()}) is not first
 
 
+def test_descriptions_beyond_the_bound_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luacell.client.description.KNOWN_MAX", 1)
+    typed = TypedContracts()
+    first = typed.of(SVC_ID, {"api": SVC.encode()})
+    typed.of(int(HostContractId("host.other", 1)), {"api": OTHER.encode()})
+    assert typed.of(SVC_ID, {"api": SVC.encode()}) is not first
+
+
 def test_contracts_of_one_description_share_their_types() -> None:
     typed = TypedContracts()
     svc = typed.of(SVC_ID, {"api": OTHER.encode()}).description

@@ -612,8 +612,7 @@ def test_deployment_of_several_contracts_is_all_or_nothing(bridge: LuaHostBridge
     manifest.write_text(table.format("host.a@1", "good.lua") + table.format("host.b@1.4.2", "good.lua"))
     assert bridge.deploy(tmp_path) == ["host.a@1", "host.b@1"]
     assert answers(bridge, "host.a@1")
-    with pytest.raises(DuplicateContract):
-        bridge.deploy(tmp_path)
+    assert bridge.deploy(tmp_path) == ["host.a@1", "host.b@1"], "a unit replaces itself"
     assert answers(bridge, "host.b@1")
 
 
@@ -728,7 +727,10 @@ def test_contracts_are_listed_in_order_of_id(bridge: LuaHostBridge) -> None:
     bridge.register_host_contract(5, LuaFunction(DOUBLE))
     first, second = bridge.contracts()
     assert first == ContractInfo(5, "", "", 5.0, False, 1)
-    assert second == ContractInfo(int(HostContractId("host.probe", 2)), "host.probe", "2.1.7", 0.25, True, 3)
+    assert second == ContractInfo(
+        int(HostContractId("host.probe", 2)), "host.probe", "2.1.7", 0.25, True, 3, second.unit
+    )
+    assert second.unit.startswith("probe-"), "it is named like its directory"
     assert (str(first), str(second)) == ("0x0000000000000005", "host.probe@2")
 
 
