@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import ctypes
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,6 +42,7 @@ from tests.support.contracts import (
     write_deployment,
 )
 from tests.support.processes import broker_pid, workers_of
+from tests.support.waiting import settles
 
 NOTHING = "function(fn_id, args, out) end"
 SIZES = (0, 1, 4095, 4096, 4097, 16 * MIB + 3, 64 * MIB)
@@ -783,8 +783,5 @@ def test_bridge_shows_what_it_is(bridge: LuaHostBridge) -> None:
 
 def test_contract_that_nobody_calls_gives_its_worker_back_and_is_served_all_the_same(bridge: LuaHostBridge) -> None:
     bridge.register_host_contract(PROBE, LuaFunction(DOUBLE))
-    give_up_s = time.monotonic() + 20
-    while workers_of(bridge, PROBE) and time.monotonic() < give_up_s:
-        time.sleep(0.05)
-    assert workers_of(bridge, PROBE) == []
+    settles(lambda: len(workers_of(bridge, PROBE)), 0, "its worker is given back", limit_s=20)
     assert answers(bridge, PROBE)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -259,24 +259,19 @@ def test_death_of_an_idle_worker_is_invisible(bridge: LuaHostBridge, fatal: str)
         assert serves(bridge, fatal)
 
 
-def test_worker_killed_from_outside_in_a_call_is_told_from_a_crash(bridge: LuaHostBridge) -> None:
-    deploy(bridge, FATAL, deadline="10s")
-    serves(bridge, PROBE)
+def test_worker_killed_from_outside_in_a_call_is_told_from_a_crash(bridge: LuaHostBridge, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    body = f'if fn_id == 0 then out[0] = 42 return end io.open("{begun}", "w"):close() while true do end'
+    deploy(bridge, function(body), deadline="10s")
+    assert serves(bridge, PROBE)
     with ThreadPoolExecutor(1) as pool, closing(worker_of(bridge, PROBE)) as worker:
         running = pool.submit(failure, bridge, PROBE, LOOP)
-        eventually(lambda: is_busy(bridge, PROBE), "the loop runs")
-        eventually(lambda: has_begun(bridge), "the loop has begun")
+        eventually(begun.exists, "the loop has begun")
         worker.kill()
         crashed = running.result()
     assert isinstance(crashed, WorkerCrashed)
     assert (crashed.signal, crashed.began) == (signal.SIGKILL, "yes")
     assert serves(bridge, PROBE)
-
-
-def has_begun(bridge: LuaHostBridge) -> bool:
-    """Tell whether time has passed since the broker handed the call over, so that its worker runs it."""
-    time.sleep(0.02)
-    return is_busy(bridge, PROBE)
 
 
 def test_worker_s_own_timer_kills_it_when_the_broker_is_stopped(bridge: LuaHostBridge) -> None:

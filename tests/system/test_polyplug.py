@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import polyplug
 import pytest
+from polyplug_loaders_native import register_native_loader
 
 from luacell.client import (
     DuplicateContract,
@@ -28,14 +30,6 @@ from luacell.protocol.limits import MIB
 from tests.support.contracts import DOUBLE, PROBE, Stopwatch
 from tests.support.guest import THREADS_C, Answer, Guest
 from tests.support.processes import worker_of
-
-try:
-    import polyplug
-    from polyplug_loaders_native import register_native_loader
-except (ImportError, OSError) as reason:
-    pytest.skip(
-        f"polyplug's wheels are not installed, or have no library for this machine: {reason}", allow_module_level=True
-    )
 
 LIBRARY: Final = Path(polyplug.__file__).parent / "_native" / "linux-x64" / "libpolyplug.so"
 U64_MAX: Final = (1 << 64) - 1

@@ -43,7 +43,7 @@ class Keeper:
 
     @property
     def is_full(self) -> bool:
-        """Whether no further change may be asked for now."""
+        """Whether another change would exceed the bound on those that wait."""
         return len(self._changes) >= CHANGES_MAX
 
     def start(self) -> None:

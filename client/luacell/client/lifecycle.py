@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 from luacell.client.link import CLOSED, Place
@@ -19,15 +20,15 @@ class Way(Protocol):
         """Let go, in a forked child, of what is the parent's."""
 
 
-class Bridge:
+class Bridge(ABC):
     """A bridge's state, and what needs nothing else."""
 
     _state: type[BridgeError] | None = None  # while it is open; else what every use raises
     _finalizer: weakref.finalize[..., object] | None = None  # closes what its user has not
 
+    @abstractmethod
     def _way(self) -> Way | None:
         """Return the link, once there is one."""
-        raise NotImplementedError
 
     def _joined(self) -> None:
         """Have a fork tell this bridge, from here on."""
