@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.support.environment import untraced
 from tests.support.waiting import LIMIT_S
 
 LUACELL = (sys.executable, "-P", "-m", "luacell.cli")
@@ -56,5 +57,5 @@ class Command:
         )
 
     def start(self, *words: str, prefix: tuple[str, ...] = (), **options: Any) -> subprocess.Popen[bytes]:
-        """Start a verb that does not end by itself, or not as usual."""
-        return subprocess.Popen([*prefix, *LUACELL, *words], env=self.environment, **options)
+        """Start a verb that does not end by itself, or not as usual: it may be interrupted."""
+        return subprocess.Popen([*prefix, *LUACELL, *words], env=untraced(self.environment), **options)

@@ -26,6 +26,7 @@ from luacell.client import (
     WorkerCrashed,
 )
 from tests.support.contracts import COUNTER, DOUBLE, HEALTHY, PROBE, Stopwatch, answers, deploy, failure, function
+from tests.support.environment import untraced
 from tests.support.processes import (
     Process,
     Processes,
@@ -75,6 +76,7 @@ class Host:
     def __init__(self, mode: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.host", mode],
+            env=untraced(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,

@@ -42,6 +42,7 @@ from luacell.protocol.limits import (
 )
 from luacell.protocol.messages import encode
 from tests.support.contracts import DOUBLE, ECHO, HEALTHY, PROBE, Stopwatch, answers, deploy, failure, function
+from tests.support.environment import untraced
 from tests.support.peers import InlinePeer, Peer
 from tests.support.processes import Process, Processes, broker_pid, resident_kib, workers_of
 from tests.support.serving import Serving, run_broker
@@ -319,7 +320,7 @@ def test_interrupted_call_is_cancelled(endpoint: str, place: Place) -> None:
     )
     deploy(place.local, function("while true do end"), "host.endless@1", deadline="2s")
     try:
-        with subprocess.Popen([sys.executable, "-c", code, endpoint], stdout=subprocess.PIPE) as host:
+        with subprocess.Popen([sys.executable, "-c", code, endpoint], stdout=subprocess.PIPE, env=untraced()) as host:
             assert host.stdout is not None
             assert host.stdout.readline() == b"ready\n"
             eventually(lambda: place.local.health()["slots_in_flight"] == 1, "the call is running")

@@ -23,6 +23,7 @@ from luacell.client import (
     WorkerCrashed,
 )
 from tests.support.contracts import DOUBLE, HEALTHY, NUMBERED, PROBE, Stopwatch, answers, deploy, function
+from tests.support.environment import untraced
 from tests.support.processes import descriptors_of, thread_count
 from tests.support.waiting import LIMIT_S, eventually, settles
 
@@ -151,15 +152,19 @@ def test_bridge_has_no_thread_of_its_own_for_calls(bridge: LuaHostBridge) -> Non
 def interrupt(rounds: int, threads: int, is_time: Callable[[int], bool]) -> list[str]:
     """Run a host and interrupt each of its calls when it is time; return what it printed in the end."""
     command = [sys.executable, "-m", "tests.support.interrupted", str(rounds), str(threads)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as host:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=untraced()) as host:
         assert host.stdout is not None
         lines = []
-        for line in host.stdout:
-            if line == "calling\n":
-                eventually(lambda: is_time(host.pid), "it is time")
-                host.send_signal(signal.SIGINT)
-            else:
-                lines.append(line)
+        try:
+            for line in host.stdout:
+                if line == "calling\n":
+                    eventually(lambda: is_time(host.pid), "it is time")
+                    host.send_signal(signal.SIGINT)
+                else:
+                    lines.append(line)
+        except BaseException:
+            host.kill()  # what hangs would keep the test from ending as well
+            raise
     assert host.returncode == 0
     return lines
 
