@@ -10,9 +10,11 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from luacell.cli.__main__ import main
 from luacell.client import LuaFunction, LuaHostBridge, Unavailable
 from luacell.protocol.release import __version__
 from tests.support.command import LUACELL, Command
@@ -136,6 +138,24 @@ def test_ctrl_c_at_any_moment_is_130_or_too_late(luacell: Command) -> None:
             pytest.fail(errors.decode())
         if b"init_import_site" not in errors:  # which the interpreter calls fatal
             assert process.returncode in (0, 130, -signal.SIGINT), (delay_ms, out, errors)
+
+
+def test_ctrl_c_that_python_disguises_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def app(prog_name: str) -> None:
+        raise RuntimeError(f"Error calling __set_name__ for {prog_name}") from KeyboardInterrupt()
+
+    monkeypatch.setitem(sys.modules, "luacell.cli.main", SimpleNamespace(app=app))
+    with pytest.raises(SystemExit, match="130"):
+        main()
+
+
+def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def app(prog_name: str) -> None:
+        raise RuntimeError(prog_name) from ValueError()
+
+    monkeypatch.setitem(sys.modules, "luacell.cli.main", SimpleNamespace(app=app))
+    with pytest.raises(RuntimeError, match="luacell"):
+        main()
 
 
 # -- completion ----

@@ -448,10 +448,15 @@ def test_systemd_is_told(directory: Path, kind: str) -> None:
             with serving.processes() as processes:
                 environment = Path(f"/proc/{processes.broker.pid}/environ").read_bytes()
                 assert b"NOTIFY_SOCKET" not in environment
-                processes.broker.kill()
-            assert supervisor.recv(4096) == b"STATUS=the broker ended with signal 9 (SIGKILL); starting it again"
-            assert supervisor.recv(4096).decode() == f"STATUS=serving at {directory}"
+                orphaned = processes.worker_host.pid
+                with processes.worker_host.stopped():  # so that it outlives the start of the next broker
+                    processes.broker.kill()
+                    assert (
+                        supervisor.recv(4096) == b"STATUS=the broker ended with signal 9 (SIGKILL); starting it again"
+                    )
+                    assert supervisor.recv(4096).decode() == f"STATUS=serving at {directory}"
             with serving.processes() as processes:
+                assert processes.worker_host.pid != orphaned
                 processes.worker_host.kill()
             assert supervisor.recv(4096) == b"STATUS=the worker host ended with signal 9 (SIGKILL); starting it again"
             assert supervisor.recv(4096).decode() == f"STATUS=serving at {directory}"

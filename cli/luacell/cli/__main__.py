@@ -8,6 +8,7 @@ from typing import Final, NoReturn
 
 EXIT_INTERRUPTED: Final = 130  # as shells say it: 128 and the signal's number
 EXIT_NO_READER: Final = 141
+_CHAIN_LIMIT: Final = 16  # exceptions that one may stand for
 
 
 def main() -> NoReturn:
@@ -19,7 +20,9 @@ def main() -> NoReturn:
         code: object = 0
     except SystemExit as end:
         code = end.code
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if not _is_interruption(error):
+            raise
         code = EXIT_INTERRUPTED
     try:
         if sys.stdout is not None:
@@ -32,6 +35,16 @@ def main() -> NoReturn:
         print(f"luacell: cannot write the output: {error.strerror}", file=sys.stderr)
         code = code or 1
     sys.exit(code if isinstance(code, int) or code is None else 1)
+
+
+def _is_interruption(error: BaseException) -> bool:
+    """Whether Ctrl-C is behind an exception: Python 3.11 turns one that strikes in `__set_name__` into RuntimeError."""
+    cause: BaseException | None = error
+    for _ in range(_CHAIN_LIMIT):
+        if cause is None or isinstance(cause, KeyboardInterrupt):
+            break
+        cause = cause.__cause__
+    return isinstance(cause, KeyboardInterrupt)
 
 
 def abandon_stdout() -> None:

@@ -182,7 +182,8 @@ class Parent:
         self._kills.pop(BROKER, None)
         log.info("serving", extra={"fields": {"run_dir": str(self._options.run_dir)}})
         if self._was_ready:
-            self._notifier.status(self._status)
+            if WORKER_HOST in self._children and WORKER_HOST not in self._expected:  # else its start will tell
+                self._notifier.status(self._status)
             return
         self._was_ready = True
         self._notifier.ready(self._status)
