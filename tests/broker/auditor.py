@@ -17,6 +17,7 @@ from luacell.broker.causes import SIGALRM, Cause
 from luacell.broker.dispatcher import Dispatcher
 from luacell.broker.handover import ATTEMPTS_MAX, KILL_AFTER_NS
 from luacell.broker.model import CallState, Effect, Request, WorkerState
+from luacell.broker.registry import ContractRecord
 from luacell.broker.timers import BUCKET_NS
 from luacell.broker.workforce import backoff_ns
 from luacell.protocol.errors import AbiErrorCode
@@ -100,6 +101,8 @@ class Auditor:
         self._killed: set[int] = set()  # by an order, or with their worker host
         self._ordered: set[int] = set()
         self._loaded: set[int] = set()
+        self._seats: dict[tuple[int, int | bytes], model.Contract] = {}
+        self._records: dict[int, ContractRecord] = {}
 
     # -- what happens -------------------------------------------------------------------------------------------
     def note(self, *event: Any) -> None:
@@ -249,11 +252,24 @@ class Auditor:
         self.demand(not truth.is_marked, truth, "had begun and is sent again")
         is_withdrawn = self.world.server.memory.slot_of(call).withdrawn >= call.sequence
         self.demand(not truth.answers or is_withdrawn, truth, "was answered and is sent")
+        self._check_seat(worker, call, truth)
         for earlier in truth.workers:
             is_touched = self.world.workers[earlier].may_touch(truth.number)
             self.demand(not is_touched, truth, "is sent again while worker", earlier, "may touch its slot")
         truth.workers.append(worker.id)
         truth.run_out_ns = self.world.schedule.now_ns + call.contract.run_limit_ns
+
+    def _check_seat(self, worker: model.Worker, call: model.Call, truth: Truth) -> None:
+        """Calls of an instance, and those of a host's default one, never leave their seat."""
+        contract, fn_id = worker.contract, call.header.fn_id
+        assert contract is not None
+        self.demand(call.contract is contract, truth, "goes to a worker of another contract or seat")
+        if not contract.record.seats:
+            return
+        instance = fn_id >> 16 if fn_id else truth.session_id
+        seat = self._seats.setdefault((id(contract.record), instance), contract)
+        self.demand(seat is contract, truth, "leaves the seat of its instance")
+        self._records[id(contract.record)] = contract.record  # so that its id stays its own
 
     def _saw_kill(self, worker: model.Worker) -> None:
         """Order a death once; one for a call only while that runs, or when it has had its time."""
@@ -372,7 +388,8 @@ class Auditor:
         self._check_times()
         self._check_calls(dispatcher)
         for contract in (*dispatcher.catalogue.serving.values(), *dispatcher.catalogue.pending.values()):
-            self._check_contract(dispatcher, contract)
+            for place in contract.places:
+                self._check_contract(dispatcher, place)
         self._check_workers(dispatcher)
         for session in dispatcher.sessions.values():
             count = len(session.calls)
@@ -411,7 +428,8 @@ class Auditor:
         title, waiting = contract.record.title, dispatcher.workforce.waiting
         count = len(contract.queue)
         self.demand(count <= QUEUE_MAX + WORKERS_MAX, title, "has", count, "calls queued")
-        self.demand(len(contract.workers) <= contract.record.settings.workers, title, "has too many workers")
+        workers_max = 1 if contract.record.seats else contract.record.settings.workers
+        self.demand(len(contract.workers) <= workers_max, title, "has too many workers")
         self.demand(not (count and contract.idle), title, "has calls that wait and workers that do too")
         backs_off = contract.timer is not None and contract.retry_ns > 0
         is_served = contract.workers or contract in waiting or backs_off

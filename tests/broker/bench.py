@@ -156,17 +156,23 @@ class Bench:
     ) -> Request:
         """A host registers a contract; `private=True` makes it its own."""
         owner = host if settings.pop("private", False) else None
+        return self.register_record(record_of(contract_id, owner, **settings), host, replace=replace, hold=hold)
+
+    def register_record(
+        self, record: ContractRecord, host: bytes = HOST, *, replace: bool = False, hold: bool = False
+    ) -> Request:
+        """A host registers a contract."""
         request = Request(host, self._number())
         self.effects = []
         self.catalogue.register(
             request,
-            record_of(contract_id, owner, **settings),
+            record,
             replace=replace,
             hold=hold,
             now_ns=self.now_ns,
             effects=self.effects,
         )
-        pending = self.catalogue.pending.get(contract_id)
+        pending = self.catalogue.pending.get(record.id)
         if pending is not None:
             pending.window = self._window
         return request

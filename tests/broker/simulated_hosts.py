@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from luacell.broker.registry import ContractRecord
 from luacell.protocol.headers import HAS_ARGS, HAS_OUT, Call
 from luacell.protocol.limits import DEADLINE_MAX_US, NS_PER_MS
-from luacell.protocol.messages import Settings
+from luacell.protocol.messages import API_MODULE, IN_INSTANCE, SEAT_SHIFT, Settings
 from luacell.protocol.slots import GENERATION_MASK, SLOT_SHIFT
 from tests.broker.simulated_memory import Slot
 from tests.broker.simulated_time import Wire
@@ -283,18 +283,22 @@ class SimulatedHost:
 
 def _header(call_id: int, contract_id: int, slot: HostSlot, budget_us: int) -> Call:
     flags = HAS_ARGS | HAS_OUT
-    return Call(call_id, contract_id, 0, budget_us, slot.arena, slot.number, slot.generation, flags, 8, 8)
+    fn_id = IN_INSTANCE | call_id % 7 << SEAT_SHIFT if call_id % 2 else 0
+    return Call(call_id, contract_id, fn_id, budget_us, slot.arena, slot.number, slot.generation, flags, 8, 8)
 
 
 def random_record(world: Simulation, contract_id: int, session: bytes, source: bytes = b"") -> ContractRecord:
     """Make up a contract."""
     rng = world.schedule.rng
     stateless = rng.random() < 0.4
+    modules = {API_MODULE: b""} if rng.random() < 0.25 else {}
     settings = Settings(
         deadline_us=rng.choice((10_000, 60_000, 300_000)),
         run_limit_us=rng.choice((20_000, 100_000, 400_000)),
         stateless=stateless,
-        workers=rng.randrange(1, 4) if stateless else 1,
+        workers=rng.randrange(1, 4) if stateless or modules else 1,
     )
     owner = session if not source and rng.random() < 0.15 else None
-    return ContractRecord(contract_id, "", None, source or rng.choice(SOURCES), f"={contract_id}", {}, settings, owner)
+    return ContractRecord(
+        contract_id, "", None, source or rng.choice(SOURCES), f"={contract_id}", modules, settings, owner
+    )

@@ -136,6 +136,19 @@ def calls_behind_the_one_that_a_worker_is_killed_for_are_not_withdrawn(patch: Pa
 
 
 @breakage
+def calls_leave_the_seat_of_their_instance(patch: Patch) -> None:
+    def any_seat(contract: Contract, session_id: bytes, fn_id: int) -> Contract:
+        return contract.places[len(contract.queue) % len(contract.places)]
+
+    patch.setattr(dispatcher, "seat_of", any_seat)
+
+
+SWARMS["calls_are_taken_from_a_worker_that_may_have_come_to_them"] = Swarm(
+    stuck=0.1, cancelling=0.1, registering=0.01, hosts=4
+)
+
+
+@breakage
 def calls_are_taken_from_a_worker_that_may_have_come_to_them(patch: Patch) -> None:
     spread = Handover._spread
 

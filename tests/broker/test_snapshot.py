@@ -31,6 +31,7 @@ def test_it_tells_what_is_there() -> None:
             {
                 "contract": "0x0000000000000001",
                 "workers_max": 1,
+                "workers": 1,
                 "idle": 0,
                 "busy": 1,
                 "loading": 0,

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from luacell.client import HostContractId
-from luacell.client.description import TypedContracts
-from luacell.client.proxy import CREATE, DESTROY, DROPPED_AT_ONCE, FETCH, make_async_proxy, make_proxy
+from luacell.client.description import DROPPED_AT_ONCE, TypedContracts
+from luacell.client.proxy import destruction, fn_id_in, make_async_proxy, make_proxy
+from luacell.protocol import messages
 from luacell.protocol.errors import AbiErrorCode, BufferTooSmall, CallError, HostContractCallFailed
 from luacell.protocol.limits import PAYLOAD_MAX
-from luacell.protocol.messages import IN_INSTANCE
+from luacell.protocol.messages import FUNCTION_MASK, IN_INSTANCE, SEAT_SHIFT
 from tests.support.apis import SVC
 
+FETCH, CREATE, DESTROY = (fn_id_in(0, deed) for deed in (messages.FETCH, messages.CREATE, messages.DESTROY))
 SVC_ID = int(HostContractId("host.svc", 1))
 TEXT = "y" * 5000
 RESULT = struct.pack("<QQ", 16, len(TEXT)) + TEXT.encode()
@@ -26,8 +28,9 @@ RESULT = struct.pack("<QQ", 16, len(TEXT)) + TEXT.encode()
 class Worker:
     """Remembers calls, and answers them as it is told."""
 
-    def __init__(self, text: str = SVC) -> None:
-        self.shared = TypedContracts().of(SVC_ID, {"api": text.encode()})
+    def __init__(self, text: str = SVC, workers: int = 1) -> None:
+        self.typed = TypedContracts()
+        self.shared = self.typed.of(SVC_ID, {"api": text.encode(), "workers": workers})
         self.calls: list[tuple[int, bytes, int, float | None]] = []
         self.fails: dict[int, BaseException] = {}
         self.kept = ""
@@ -37,7 +40,7 @@ class Worker:
         self.calls.append((fn_id, args, out_size, timeout))
         if fn_id in self.fails:
             raise self.fails.pop(fn_id)
-        if fn_id == FETCH:
+        if fn_id & FUNCTION_MASK == messages.FETCH:
             return RESULT
         if fn_id & 0xFF == 1:
             if self.kept and out_size < len(RESULT):
@@ -85,36 +88,55 @@ def test_singleton_needs_no_instance() -> None:
     assert len(worker.calls[0][1]) == 24
 
 
-def test_dropped_instances_are_destroyed_in_batches(worker: Worker) -> None:
-    for _ in range(DROPPED_AT_ONCE + 1):
-        make_proxy(worker.shared, worker).scale(1, 1.0, True)
-        gc.collect(0)
-    gc.collect()
-    make_proxy(worker.shared, worker)  # never called: nothing to destroy
-    proxy = make_proxy(worker.shared, worker)
-    proxy.scale(1, 1.0, True)
-    proxy.scale(1, 1.0, True)
-    destroyed = [args for fn_id, args, _, _ in worker.calls if fn_id == DESTROY]
-    numbers = {number for args in destroyed for (number,) in struct.iter_unpack("<Q", args)}
-    assert len(numbers) == DROPPED_AT_ONCE + 1
-    assert all(16 <= len(args) <= 8 * DROPPED_AT_ONCE for args in destroyed)
-
-
-def test_several_dropped_at_once_travel_together(worker: Worker) -> None:
+def test_dropped_instances_are_to_be_destroyed_in_batches(worker: Worker) -> None:
     proxies = [make_proxy(worker.shared, worker) for _ in range(DROPPED_AT_ONCE + 1)]
     for proxy in proxies:
         proxy.scale(1, 1.0, True)
+    made = {args[:8] for fn_id, args, _, _ in worker.calls if fn_id == CREATE}
+    make_proxy(worker.shared, worker)  # never called: nothing to destroy
     proxies.clear()
     del proxy
     gc.collect()
-    last = make_proxy(worker.shared, worker)
+    dropped = worker.typed.dropped
+    dropped.put_back(dropped.take())
+    first = dropped.take()
+    calls = [destruction(first), destruction(dropped.take())]
+    assert dropped.take() == []
+    assert {call[:2] for call in calls} == {(SVC_ID, DESTROY)}
+    assert [len(args) for _, _, args in calls] == [8 * DROPPED_AT_ONCE, 8]
+    assert {args[at : at + 8] for _, _, args in calls for at in range(0, len(args), 8)} == made
+
+
+def test_instances_are_spread_over_the_seats_and_stay_there() -> None:
+    worker = Worker(workers=3)
+    proxies = [make_proxy(worker.shared, worker) for _ in range(6)]
+    for proxy in proxies * 2:
+        proxy.scale(1, 1.0, True)
+    seats = [(fn_id >> SEAT_SHIFT & 0x3F, args[:8]) for fn_id, args, _, _ in worker.calls]
+    assert sorted(seat for seat, _ in set(seats)) == [0, 0, 1, 1, 2, 2]
+    assert all(fn_id & FUNCTION_MASK == 0 for fn_id in worker.ids[-6:])
+    worker.kept = f"result of {len(RESULT)} bytes is kept as 9"
+    assert proxies[0].upper("x") == TEXT
+    assert worker.ids[-1] == fn_id_in(seats[0][0], messages.FETCH)
+    del proxies[:2], proxy
+    gc.collect()
+    seats_left = []
+    while taken := worker.typed.dropped.take():
+        _, fn_id, _ = destruction(taken)
+        seats_left.append(fn_id >> SEAT_SHIFT & 0x3F)
+    assert sorted(seats_left) == sorted(seat for seat, _ in seats[:4:2])
     worker.calls.clear()
-    worker.fails[DESTROY] = failed(HostContractCallFailed, "not the caller's affair")
-    assert last.scale(1, 1.0, True) == last.scale(1, 1.0, True) == 7.5
-    assert [(fn_id, len(args)) for fn_id, args, _, _ in worker.calls if fn_id == DESTROY] == [
-        (DESTROY, 8 * DROPPED_AT_ONCE),
-        (DESTROY, 16),
-    ]
+    others = [make_proxy(worker.shared, worker) for _ in range(2)]
+    for other in others:
+        other.scale(1, 1.0, True)
+    assert sorted(fn_id >> SEAT_SHIFT & 0x3F for fn_id in worker.ids[::2]) == sorted(seats_left)
+
+
+def test_contract_that_has_other_workers_now_is_described_anew() -> None:
+    worker = Worker()
+    body = {"api": SVC.encode(), "workers": 1}
+    assert worker.typed.of(SVC_ID, body) is worker.shared
+    assert worker.typed.of(SVC_ID, {**body, "workers": 2}).description.seats == 2
 
 
 def test_options_keep_the_instance_alive(worker: Worker) -> None:
@@ -122,7 +144,7 @@ def test_options_keep_the_instance_alive(worker: Worker) -> None:
     gc.collect()
     assert proxy.scale(1, 1.0, True) == 7.5
     assert {timeout for _, _, _, timeout in worker.calls} == {0.5}
-    assert not worker.shared.dropped
+    assert not worker.typed.dropped.notes
 
 
 def test_result_that_did_not_fit_is_fetched_and_its_size_learned(worker: Worker) -> None:

@@ -17,7 +17,8 @@ from luacell.protocol.slots import PAYLOAD_OFFSET, SlotShape, write_generation
 from luacell.worker.binding import binding_source
 from luacell.worker.vm import Vm
 
-FETCH, CREATE, DESTROY, IN_INSTANCE = 0xFFFF_FFFF, 0xFFFF_FFFE, 0xFFFF_FFFD, 0x8000_0000
+IN_INSTANCE = 0x8000_0000
+FETCH, CREATE, DESTROY = IN_INSTANCE | 0xFFFF, IN_INSTANCE | 0xFFFE, IN_INSTANCE | 0xFFFD
 ARENA = 7
 LIMIT_US = 60_000_000
 

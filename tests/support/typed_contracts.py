@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Final
 
@@ -75,18 +76,18 @@ def echoes(text: str) -> str:
     return "\n".join([*lines, "return Echo"])
 
 
-def deploy_typed(bridge: LuaHostBridge, directory: Path, text: str, source: str, **settings: str) -> Any:
+def deploy_typed(bridge: LuaHostBridge, directory: Path, text: str, source: str, **settings: str | int) -> Any:
     """Deploy the only contract of an api.toml; return a proxy."""
     (name,) = bridge.deploy(write_typed(directory, text, source, **settings))
     return bridge.contract(name)
 
 
-def write_typed(directory: Path, text: str, source: str, **settings: str) -> Path:
+def write_typed(directory: Path, text: str, source: str, **settings: str | int) -> Path:
     """Write a directory that can be deployed."""
     directory.mkdir(exist_ok=True)
     name = parse(text, "api.toml").host_contracts[0].name
     (directory / "api.toml").write_text(text)
     (directory / "contract.lua").write_text(source)
-    keys = "".join(f'{key} = "{value}"\n' for key, value in settings.items())
+    keys = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
     (directory / "luacell.toml").write_text(f'api = "api.toml"\n[contract."{name}"]\nsource = "contract.lua"\n{keys}')
     return directory

@@ -27,6 +27,7 @@ from luacell.client import (
     VmRegistrationFailed,
     WorkerCrashed,
 )
+from luacell.client.deployment import DeploymentError
 from luacell.protocol.errors import StaleHandle
 from luacell.protocol.limits import MIB
 from tests.support.apis import SVC, apis, bits, values
@@ -45,6 +46,19 @@ from tests.support.waiting import settles
 
 U64_MAX, I64_MIN = (1 << 64) - 1, -(1 << 63)
 COUNTER = "host.counter@1"
+
+
+PID_API = """
+[[host_contract.functions]]
+name = "pid"
+return = "u32"
+"""
+PID_LUA = """
+local ffi = require("ffi")
+ffi.cdef "int getpid(void);"
+function Counter:pid() return ffi.C.getpid() end
+return Counter
+"""
 
 
 @pytest.fixture
@@ -250,6 +264,41 @@ def test_dropped_proxy_destroys_its_instance(bridge: LuaHostBridge, counter: Any
     assert counter.destroyed() == 1
 
 
+def test_instances_are_spread_over_workers_and_kept_there(bridge: LuaHostBridge, tmp_path: Path) -> None:
+    source = COUNTER_LUA.replace("return Counter\n", PID_LUA)
+    counter = deploy_typed(bridge, tmp_path, counter_api() + PID_API, source, workers=3)
+    proxies = [counter, *(bridge.contract("host.counter") for _ in range(5))]
+    pids = [proxy.pid() for proxy in proxies]
+    assert sorted(pids.count(pid) for pid in set(pids)) == [2, 2, 2]
+    assert sorted(workers_of(bridge, COUNTER)) == sorted(set(pids))
+    for _ in range(3):
+        assert [proxy.pid() for proxy in proxies] == pids
+    assert [proxy.add(1) for proxy in proxies] == [1] * 6
+    assert len(counter.grow("x" * 100_000)) == 100_000  # fetched from where it is kept
+    with pytest.raises(WorkerCrashed):
+        counter.crash()
+    for proxy, pid in zip(proxies, pids, strict=True):
+        if pid == pids[0]:
+            with pytest.raises(StaleHandle):
+                proxy.add(1)
+        else:
+            assert proxy.add(1) == (2 if proxy is not counter else 3)
+    assert sorted(workers_of(bridge, COUNTER)) != sorted(set(pids))
+
+
+def test_raw_calls_of_one_host_reach_one_default_instance_in_any_number_of_workers(
+    bridge: LuaHostBridge, tmp_path: Path
+) -> None:
+    deploy_typed(bridge, tmp_path, counter_api(), COUNTER_LUA, workers=4)
+    one = struct.pack("<I", 1)
+    assert [bridge.call(COUNTER, 0, one, 4) for _ in range(5)] == [struct.pack("<I", n) for n in range(1, 6)]
+
+
+def test_singleton_has_one_worker(bridge: LuaHostBridge, tmp_path: Path) -> None:
+    with pytest.raises(DeploymentError, match=r"luacell.toml:4:11: .* workers = 2 is not 1: a singleton"):
+        deploy_typed(bridge, tmp_path, counter_api(singleton=True), COUNTER_LUA, workers=2)
+
+
 def test_close_destroys_instances(bridge: LuaHostBridge, counter: Any) -> None:
     with LuaHostBridge.connect(run_directory(broker_pid(bridge))) as other:
         proxies = [other.contract("host.counter") for _ in range(3)]
@@ -284,7 +333,7 @@ def test_ten_thousand_instances_leave_nothing(bridge: LuaHostBridge, counter: An
         for _ in range(count):
             bridge_contract().add(1)
 
-    shared, call = counter._shared, counter._call
+    shared, call = counter.__luacell_shared__, counter.__luacell_call__
 
     def bridge_contract() -> Any:
         return type(counter)(shared, call)
@@ -299,7 +348,7 @@ def test_ten_thousand_instances_leave_nothing(bridge: LuaHostBridge, counter: An
     assert counter.destroyed() == 10_500
     assert counter.heap() < heap + 64 * 1024
     assert resident_kib(pid) < resident + 4 * 1024
-    assert len(shared.dropped) == 0
+    assert len(shared.dropped.notes) == 0
 
 
 # -- the asyncio bridge ----

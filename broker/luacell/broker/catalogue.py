@@ -28,12 +28,12 @@ from luacell.broker.model import (
     Subject,
 )
 from luacell.broker.registry import ContractRecord, Registry
+from luacell.broker.seats import move_calls
 from luacell.broker.timers import TimerWheel
 from luacell.broker.workforce import Workforce, backoff_ns
 from luacell.protocol.errors import AbiErrorCode, DuplicateContract, TypeMismatch, VmRegistrationFailed
 from luacell.protocol.identity import format_id
 from luacell.protocol.limits import CONTRACTS_MAX, LOAD_LIMIT_NS, NS_PER_S, START_LIMIT_NS
-from luacell.protocol.messages import Settings
 
 REGISTRATION_LIMIT_NS: Final = START_LIMIT_NS + LOAD_LIMIT_NS + NS_PER_S
 HOLD_LIMIT_NS: Final = 60 * NS_PER_S  # for the host to load what else belongs to it, and to commit
@@ -88,7 +88,7 @@ class Catalogue:
             reason = f"the bound on workers: {self._workforce.workers_max} is reached; unregister what is not needed"
             effects.append(SendReply(request, "Busy", AbiErrorCode.BUSY, reason))
             return
-        objection = _objection_to(record.settings)
+        objection = _objection_to(record)
         if hold and record.owner is not None:
             objection = "a private contract is not held: nobody else sees it"
         if objection:
@@ -105,7 +105,7 @@ class Catalogue:
         Returns:
             "", or why it cannot be served as it was registered.
         """
-        objection = _objection_to(record.settings)
+        objection = _objection_to(record)
         if not objection:
             self._registry.put(record)
             self.serving[record.id] = Contract(record)
@@ -221,7 +221,7 @@ class Catalogue:
         if contract is None:
             return []
         self._registry.remove(contract_id)
-        calls = contract.queue.drain()
+        calls = [call for place in contract.places for call in place.queue.drain()]
         self._retire(contract, now_ns, effects)
         effects.append(Record("info", "contract unregistered", {"contract": contract.record.title}))
         return calls
@@ -284,20 +284,19 @@ class Catalogue:
         contract.successor_of = None
         if predecessor is None or predecessor.retired:
             return False
-        for call in predecessor.queue:
-            call.contract = contract
-        contract.queue, predecessor.queue = predecessor.queue, contract.queue
+        move_calls(predecessor, contract)
         self._retire(predecessor, now_ns, effects)
         return True
 
     def _retire(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
         """Let workers go: at once where they hold no call, else when it has ended."""
-        contract.retired = True
-        self._workforce.withdraw(contract)
-        self._stop_timer(contract)
-        for worker in list(contract.workers):
-            if worker.state not in (BUSY, LEAVING):
-                self._workforce.doom(worker, "its contract is no longer served", now_ns, effects)
+        for place in contract.places:
+            place.retired = True
+            self._workforce.withdraw(place)
+            self._stop_timer(place)
+            for worker in list(place.workers):
+                if worker.state not in (BUSY, LEAVING):
+                    self._workforce.doom(worker, "its contract is no longer served", now_ns, effects)
 
     def _set_timer(self, contract: Contract, when_ns: int) -> None:
         self._stop_timer(contract)
@@ -309,9 +308,10 @@ class Catalogue:
             contract.timer = None
 
 
-def _objection_to(settings: Settings) -> str:
+def _objection_to(record: ContractRecord) -> str:
+    settings = record.settings
     if settings.sandbox != "default":
         return f"sandbox level {settings.sandbox!r} is not available; this version has 'default' only"
-    if settings.workers > 1 and not settings.stateless:
-        return f"workers = {settings.workers} needs stateless = true: state lives in one worker"
+    if settings.workers > 1 and not settings.stateless and not record.is_typed:
+        return f"workers = {settings.workers} of a raw contract needs stateless = true: its state lives in one worker"
     return ""

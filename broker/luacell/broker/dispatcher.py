@@ -56,6 +56,7 @@ from luacell.broker.model import (
     Session,
     Worker,
 )
+from luacell.broker.seats import seat_of
 from luacell.broker.timers import BUCKET_NS
 from luacell.broker.windows import SLOW_NS, measure, room_of, worker_with_room
 from luacell.protocol import headers
@@ -122,6 +123,7 @@ class Dispatcher(Handover):
         contract = self._contract_for(session_id, header.contract_id)
         if contract is None:
             return [answers.refused(session, header, answers.unknown_contract(header))]
+        contract = seat_of(contract, session_id, header.fn_id)
         refusal = answers.malformed(session, header) or answers.over_bound(session, contract)
         if refusal is None and not contract.workers and self.workforce.is_full:
             refusal = answers.no_worker(contract, self.workforce.workers_max)
@@ -430,9 +432,10 @@ class Dispatcher(Handover):
 
     def _take_over(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
         """Hand out the calls that waited for the contract that this one replaces."""
-        while contract.idle and contract.queue:
-            self._employ(contract.idle.pop(), now_ns, effects)
-        self.catalogue.staff(contract, now_ns, effects)
+        for place in contract.places:
+            while place.idle and place.queue:
+                self._employ(place.idle.pop(), now_ns, effects)
+            self.catalogue.staff(place, now_ns, effects)
 
     def unregister(self, contract_id: int, now_ns: int) -> list[Effect]:
         """Remove a contract: queued calls fail, running ones end."""

@@ -41,6 +41,7 @@ from luacell.broker.model import (
     Worker,
 )
 from luacell.broker.registry import Registry
+from luacell.broker.seats import seat_of
 from luacell.broker.timers import TimerWheel
 from luacell.broker.windows import SLOW_NS
 from luacell.broker.workforce import HOST_LEAVES, Workforce
@@ -226,7 +227,7 @@ class Handover:
                 if successor is None:
                     self._fail_unregistered(call, effects)
                     continue
-                contract = call.contract = successor
+                contract = call.contract = seat_of(successor, call.session.id, call.header.fn_id)
             self._set_timer(call, call.deadline_ns)
             contract.queue.push_front(call.session, call)
             contracts[contract] = None

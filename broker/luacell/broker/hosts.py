@@ -254,6 +254,7 @@ class Hosts:
             "api": record.modules.get(messages.API_MODULE, b""),
             "unit": record.unit,
             "requires": record.modules.get(messages.REQUIRES_MODULE, b""),
+            "workers": record.settings.workers,
         }
         self._outbox.send_reply(SendReply(request, body=body))
 

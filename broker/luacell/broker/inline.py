@@ -26,6 +26,7 @@ from luacell.broker.dispatcher import Dispatcher
 from luacell.broker.inline_memory import IDLE_PAIR_NS, InlineArena, InlineMemory, InlineSlot
 from luacell.broker.model import Contract, Effect, SendFailure
 from luacell.broker.outbox import Outbox
+from luacell.broker.seats import seat_of
 from luacell.broker.timers import TimerWheel
 from luacell.protocol import headers, messages
 from luacell.protocol.errors import AbiErrorCode, ProtocolError
@@ -246,6 +247,8 @@ class InlineHosts:
         contract = self._dispatcher.catalogue.serving.get(asked.contract_id)
         if contract is not None and contract.owner not in (None, host.peer):
             contract = None
+        if contract is not None:
+            contract = seat_of(contract, host.peer, asked.fn_id)
         refusal = self._refusal(host, call_number, asked, contract)
         if refusal is not None:
             code, text, limit = refusal

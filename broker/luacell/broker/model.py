@@ -127,6 +127,9 @@ class Contract:
         hold: whether it is kept back, once it has loaded, until its host commits it.
         holder: the session that it is kept back for, or b"".
         successor_of: the contract that this one replaces once it has loaded.
+        is_seat: it is one of the seats of another, which stands for all of them.
+        seats: of a contract that keeps instances in several workers: itself and one more for each other worker (see
+            `seats`); else empty.
         workers: those that serve or load it, oldest first, without doomed ones.
         idle: a subset of `workers`, the most recently used last.
         workers_max: how many workers it may have.
@@ -147,6 +150,8 @@ class Contract:
     hold: bool = False
     holder: bytes = b""
     successor_of: Contract | None = None
+    is_seat: bool = False
+    seats: tuple[Contract, ...] = ()
     queue: FairQueue[Session, Call] = field(default_factory=lambda: FairQueue(QUEUE_MAX))
     workers: dict[Worker, None] = field(default_factory=dict)
     idle: list[Worker] = field(default_factory=list)
@@ -172,9 +177,24 @@ class Contract:
         if self.owner is not None:
             self.quick_budget_us = 0
         self.workers_max = self.record.settings.workers
+        if self.record.seats:
+            self._take_seat(self.record.seats)
         self.window = WINDOW_FIRST if self.workers_max == 1 else WINDOW_FIRST_OF_MANY  # others may be free sooner
         self.run_limit_us = self.record.settings.run_limit_us
         self.run_limit_ns = self.record.settings.run_limit_us * NS_PER_US
+
+    def _take_seat(self, count: int) -> None:
+        """Be one of `count` seats, and the first one for all of them; together they queue as much as a contract may."""
+        self.workers_max = 1
+        self.quick_budget_us = 0
+        self.queue = FairQueue(max(1, QUEUE_MAX // count))
+        if not self.is_seat:
+            self.seats = (self, *(Contract(self.record, is_seat=True) for _ in range(count - 1)))
+
+    @property
+    def places(self) -> tuple[Contract, ...]:
+        """All that calls of this contract may wait for: its seats, or itself."""
+        return self.seats or (self,)
 
     @property
     def wants_worker(self) -> bool:

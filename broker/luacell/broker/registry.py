@@ -14,6 +14,7 @@ from luacell.protocol.identity import HostContractId, Version, format_id
 from luacell.protocol.limits import LISTED_CONTRACTS_MAX
 from luacell.protocol.messages import (
     API_MODULE,
+    FUNCTION_MASK,
     IN_INSTANCE,
     OF_INSTANCES,
     UNIT_MODULE,
@@ -76,8 +77,19 @@ class ContractRecord:
 
     def title_of(self, fn_id: int) -> str:
         """A call of a function as messages name it; a typed one says in the id that it is an instance's."""
-        is_typed = API_MODULE in self.modules
-        return f"{self.title} fn {fn_id & ~IN_INSTANCE if is_typed and fn_id < OF_INSTANCES else fn_id}"
+        if self.is_typed and fn_id >= IN_INSTANCE and fn_id & FUNCTION_MASK < OF_INSTANCES:
+            fn_id &= FUNCTION_MASK
+        return f"{self.title} fn {fn_id}"
+
+    @property
+    def is_typed(self) -> bool:
+        """Whether it was registered with an api.toml."""
+        return API_MODULE in self.modules
+
+    @property
+    def seats(self) -> int:
+        """In how many workers the instances of a typed contract live; 0 where its calls may go to any worker."""
+        return self.settings.workers if self.is_typed and self.settings.workers > 1 else 0
 
     @property
     def unit(self) -> str:

@@ -37,7 +37,7 @@ def snapshot(dispatcher: Dispatcher, books: Books) -> dict[str, Any]:
         "spares": len(force.blank),
         "spares_wanted": force.spares_wanted,
         "pools": _pools(list(serving.values())),
-        "queued": sum(len(contract.queue) for contract in serving.values()),
+        "queued": sum(place.queue.count for contract in serving.values() for place in contract.places),
         "slots_in_flight": books.slots_in_flight,
         "slots": {"free": len(books.slots) - books.slots_in_flight, "held": books.slots_in_flight - kept, "kept": kept},
         "memory_bytes": books.total_bytes,
@@ -49,20 +49,22 @@ def snapshot(dispatcher: Dispatcher, books: Books) -> dict[str, Any]:
 
 def _pools(contracts: list[Contract]) -> list[dict[str, Any]]:
     """Return how the contracts are served that have a worker, or wait for one."""
-    busy = [contract for contract in contracts if contract.workers or contract.queue.count]
-    busy.sort(key=lambda contract: (-contract.queue.count, -len(contract.workers), contract.record.id))
-    return [_pool(contract) for contract in busy[:POOLS_MAX]]
+    pools = [_pool(contract) for contract in contracts if any(p.workers or p.queue.count for p in contract.places)]
+    pools.sort(key=lambda pool: (-pool["queued"], -pool["workers"], pool["contract"]))
+    return pools[:POOLS_MAX]
 
 
 def _pool(contract: Contract) -> dict[str, Any]:
-    states = Counter(worker.state for worker in contract.workers)
+    workers = [worker for place in contract.places for worker in place.workers]
+    states = Counter(worker.state for worker in workers)
     return {
         "contract": contract.record.title,
-        "workers_max": contract.workers_max,
+        "workers_max": contract.record.settings.workers,
+        "workers": len(workers),
         "idle": states[WorkerState.IDLE],
         "busy": states[WorkerState.BUSY],
         "loading": states[WorkerState.LOADING],
-        "ahead": sum(len(worker.ahead) for worker in contract.workers),
-        "queued": contract.queue.count,
+        "ahead": sum(len(worker.ahead) for worker in workers),
+        "queued": sum(place.queue.count for place in contract.places),
         "window": contract.window,
     }

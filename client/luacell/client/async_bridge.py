@@ -18,13 +18,13 @@ from typing import Any, Self, TypeVar
 from luacell.client.arguments import Arguments, Contract, Names, checked_capacity, without_emptiness
 from luacell.client.async_link import AsyncLink
 from luacell.client.deployment import Deployment
-from luacell.client.description import TypedContracts, choose
+from luacell.client.description import Description, Shared, TypedContracts, choose
 from luacell.client.embedded import EmbeddedService
 from luacell.client.endpoint import inline_address_of, run_directory_of
 from luacell.client.function import LuaFunction
 from luacell.client.lifecycle import Bridge
 from luacell.client.link import Budget, Place, may_look_again
-from luacell.client.proxy import make_async_proxy
+from luacell.client.proxy import destruction, make_async_proxy
 from luacell.client.replies import Buffer, ContractInfo, as_error, raise_for_reply
 from luacell.client.requests import (
     Listing,
@@ -50,6 +50,7 @@ from luacell.protocol.errors import (
     CallError,
     DuplicateContract,
     HostContractNotFound,
+    LuacellError,
     Unavailable,
 )
 from luacell.protocol.identity import ContractRef
@@ -74,6 +75,8 @@ class AsyncLuaHostBridge(Bridge):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._names = Names()
         self._typed = TypedContracts()
+        self._dropped = self._typed.dropped.notes
+        self._destroying: set[asyncio.Task[None]] = set()
         self._scratch: AsyncScratchVm | None = None
         self._opening = asyncio.Lock()
         self._closing: asyncio.Task[None] | None = None
@@ -270,9 +273,19 @@ class AsyncLuaHostBridge(Bridge):
             ValueError: a version is malformed.
             TypeError: a class is not what the contract has under its name.
         """
+        return make_async_proxy(await self._shared(name, min_version, types), self._call_typed)
+
+    async def describe(self, name: str, min_version: str | None = None) -> Description:
+        """Return what the broker tells of a typed contract: its api.toml, Python types and packers.
+
+        Args and Raises: as `contract` has them.
+        """
+        return (await self._shared(name, min_version)).description
+
+    async def _shared(self, name: str, min_version: str | None, types: Iterable[type[Any]] = ()) -> Shared:
         info = choose(name, min_version, await self.contracts())
         body = (await self._request(description(info.id), info.id)).body
-        return make_async_proxy(self._typed.of(info.id, body, types), self._call_typed)
+        return self._typed.of(info.id, body, types)
 
     async def _call_typed(
         self, contract_id: int, fn_id: int, args: bytes, out_size: int, timeout: float | None
@@ -326,6 +339,8 @@ class AsyncLuaHostBridge(Bridge):
 
     async def _call(self, arguments: Arguments) -> bytes:
         link = self._opened_link()
+        if self._dropped:
+            self._destroy_dropped(link)
         calls, budget = link.calls, None
         while True:
             try:
@@ -337,6 +352,18 @@ class AsyncLuaHostBridge(Bridge):
             budget = budget or Budget.of(arguments, link.place)
             calls = await link.renew(calls, budget.until_s)
             arguments = arguments._replace(timeout_us=budget.left_us())
+
+    def _destroy_dropped(self, link: AsyncLink) -> None:
+        """Have instances destroyed whose proxies are gone; nobody waits for that."""
+        contract_id, fn_id, args = destruction(self._typed.dropped.take())
+
+        async def destroy() -> None:
+            with contextlib.suppress(LuacellError):  # where they cannot be reached, they are gone
+                await link.calls.call(contract_id, fn_id, args, None, 0, 0)
+
+        task = asyncio.get_running_loop().create_task(destroy())
+        self._destroying.add(task)
+        task.add_done_callback(self._destroying.discard)
 
     # -- the rest -------------------------------------------------------------------------------------------------
     async def health(self) -> dict[str, Any]:
@@ -368,6 +395,8 @@ class AsyncLuaHostBridge(Bridge):
 
     async def _request(self, make: Request, contract_id: int = 0) -> messages.Reply:
         link, budget = self._opened_link(), Budget()
+        if self._dropped:
+            self._destroy_dropped(link)
         calls = link.calls
         while True:
             try:

@@ -25,7 +25,7 @@ from luacell.client.inline import InlineCalls
 from luacell.client.interrupts import uninterrupted
 from luacell.client.lifecycle import Bridge
 from luacell.client.link import Budget, Link, Place, may_look_again, place_of
-from luacell.client.proxy import make_proxy
+from luacell.client.proxy import destruction, make_proxy
 from luacell.client.replies import Buffer, ContractInfo, as_error, raise_for_reply
 from luacell.client.requests import (
     Listing,
@@ -111,6 +111,7 @@ class LuaHostBridge(Bridge):
         self._names = Names()
         self._ids = self._names.ids
         self._typed = TypedContracts()
+        self._dropped = self._typed.dropped.notes
         self._scratch_lock = threading.Lock()
         self._scratch: ScratchVm | None = None
         self._finalizer: weakref.finalize[..., object] = weakref.finalize(self, _clean_up, self._link, os.getpid())
@@ -330,6 +331,8 @@ class LuaHostBridge(Bridge):
             BridgeClosed, BridgeForked: the bridge cannot be used.
             ValueError, TypeError: an argument is malformed.
         """
+        if self._dropped:
+            self._destroy_dropped()
         if type(args) is bytes and type(contract) is str and out is None and timeout is None and self._state is None:
             contract_id = self._ids.get(contract)  # what happens most, without the detours
             if (
@@ -348,6 +351,16 @@ class LuaHostBridge(Bridge):
         if self._state is not None:
             self._check()
         return self._call(self._names.check(contract, fn_id, without_emptiness(args), out, out_size, timeout))
+
+    def _destroy_dropped(self) -> None:
+        """Have instances destroyed whose proxies are gone; nobody waits for that."""
+        dropped = self._typed.dropped
+        taken = dropped.take()
+        if not taken or self._state is not None:
+            return
+        with contextlib.suppress(Unavailable):  # where the broker is gone, they are
+            if not self._link.calls.post(*destruction(taken)):
+                dropped.put_back(taken)
 
     def _call(self, arguments: Arguments) -> bytes:
         if self._state is not None:
@@ -411,6 +424,8 @@ class LuaHostBridge(Bridge):
 
     def _request(self, make: Request, contract_id: int = 0) -> messages.Reply:
         self._check()
+        if self._dropped:
+            self._destroy_dropped()
         link, budget = self._link, Budget()
         link.place.read_log()
         calls = link.calls

@@ -115,6 +115,45 @@ class Calls:
             with session.lock:
                 self._ledger.settle(pending)
 
+    def post(self, contract_id: int, fn_id: int, args: bytes) -> bool:
+        """Make a call whose answer nobody waits for: its slot comes back with what is read next.
+
+        Args:
+            contract_id: u64.
+            fn_id: u32; it writes nothing.
+            args: as many bytes as fit into a slot.
+
+        Returns:
+            False where no slot is free now. A contract of which nothing is left here is sent nothing.
+
+        Raises:
+            Unavailable: the broker is gone, or takes no messages.
+        """
+        with self._session.lock:
+            home = self._arenas.get(contract_id)
+            slot = home.take(len(args), 0) if home is not None else None
+            if home is None:
+                return True
+            if slot is None:
+                return False
+            pending = Pending()
+            pending.slot = slot
+            pending.is_left = True
+            call_id = pending.call_id = next(self._ids)
+            slot.put_args(args, len(args))
+            self._ledger.resting[call_id] = pending  # as a call that was given up
+            message = _pack(
+                _HEAD, call_id, contract_id, fn_id, home.deadline_us, *slot.name, slot.generation, HAS_ARGS,
+                len(args), 0,
+            )  # fmt: skip
+            try:
+                self._session.post(message)
+            except Unavailable:
+                self._ledger.resting.pop(call_id, None)
+                self._ledger.free(pending)
+                raise
+        return True
+
     def _give_up(self, pending: Pending) -> None:
         with self._session.lock:
             self._session.give_up(pending)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from luacell.client.function import LuaFunction
-from luacell.protocol.api import Api, ApiError, contracts_named, parse
+from luacell.protocol.api import Api, ApiError, contracts_named, find_contract, parse
 from luacell.protocol.api.positions import Positions
 from luacell.protocol.errors import LuacellError
 from luacell.protocol.identity import ContractRef
@@ -283,8 +283,8 @@ def _read_unit(directory: Path, manifest: _Manifest, name: str, values: object, 
     if sandbox not in SANDBOX_LEVELS:
         raise table.error("sandbox", f"one of {', '.join(SANDBOX_LEVELS)}")
     workers, stateless = table.integer("workers", 1, 1, WORKERS_PER_CONTRACT_MAX), table.boolean("stateless")
-    if workers > 1 and not stateless:
-        raise table.error("workers", "1, and more need stateless = true: state lives in one worker")
+    if workers > 1:
+        _check_workers(table, ref, stateless, api)
     settings = Settings(
         deadline_us=deadline_us,
         run_limit_us=table.duration_us("run_limit", deadline_us),
@@ -295,6 +295,14 @@ def _read_unit(directory: Path, manifest: _Manifest, name: str, values: object, 
         sandbox=sandbox,
     )
     return Unit(ref, _read_source(directory, table), settings)
+
+
+def _check_workers(table: _Table, ref: ContractRef, stateless: bool, api: Api | None) -> None:
+    """Refuse several workers where state lives in one: raw contracts say otherwise, instances have each their own."""
+    if api is not None and find_contract(api, ref.id).singleton:
+        raise table.error("workers", "1: a singleton is one instance, which lives in one worker")
+    if api is None and not stateless:
+        raise table.error("workers", "1, and more need stateless = true: state lives in one worker")
 
 
 def _read_source(directory: Path, table: _Table) -> LuaFunction:

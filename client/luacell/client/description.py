@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
+import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from luacell.client.replies import ContractInfo
 from luacell.client.typed.marshaller import Marshaller, compile_contract
@@ -18,6 +20,7 @@ ROOM_FIRST: Final = 1024  # bytes for what the strings and buffers of a result h
 ROOM_MAX: Final = 1 << 20  # as learned; larger results are fetched
 KNOWN_MAX: Final = 1024  # contracts, each time with other classes, that a bridge remembers
 DROPPED_MAX: Final = 1 << 17  # instances whose proxies are gone and that were not told yet
+DROPPED_AT_ONCE: Final = 256  # instances destroyed by one call: 2 KiB of arguments, which every slot has room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class Description:
         api: all of it.
         types: the Python types of its structs and enums.
         functions: packers by name.
+        seats: workers that its instances are spread over; 1 where it has but one.
     """
 
     contract_id: int
@@ -37,6 +41,7 @@ class Description:
     api: Api
     types: HostTypes
     functions: dict[str, Marshaller]
+    seats: int = 1
 
     @classmethod
     def from_reply(
@@ -66,7 +71,8 @@ class Description:
             same = api, HostTypes(api, given)
         api, types = same
         contract = find_contract(api, contract_id)
-        return cls(contract_id, contract, api, types, compile_contract(api, contract, types))
+        functions = compile_contract(api, contract, types)
+        return cls(contract_id, contract, api, types, functions, int(body.get("workers", 1)))
 
 
 def choose(name: str, min_version: str | None, registered: Iterable[ContractInfo]) -> ContractInfo:
@@ -110,22 +116,33 @@ def choose(name: str, min_version: str | None, registered: Iterable[ContractInfo
 class Shared:
     """What all proxies of one contract on one bridge share.
 
+    Args:
+        description: of the contract.
+        dropped: where instances go that are to be destroyed, those of the bridge's other contracts too.
+
     Attributes:
         rooms: bytes given to the varying part of a result, by function; learned from what came.
-        dropped: numbers of instances whose proxies are gone.
     """
 
-    def __init__(self, description: Description) -> None:
+    def __init__(self, description: Description, dropped: Dropped) -> None:
         self.description = description
         self.rooms: dict[str, int] = {}
-        self.dropped: deque[int] = deque(maxlen=DROPPED_MAX)
+        self.dropped = dropped
+        self._instances = [0] * description.seats  # that live, by seat
+        self._lock = threading.Lock()
 
-    def next_dropped(self) -> int | None:
-        """Return the number of an instance that is to be destroyed, or None; each is given to one thread."""
-        try:
-            return self.dropped.popleft()
-        except IndexError:
-            return None
+    def take_seat(self) -> int:
+        """Return the seat for one more instance: one that has the fewest of this host's."""
+        with self._lock:
+            fewest = min(self._instances)
+            seat = random.choice([seat for seat, count in enumerate(self._instances) if count == fewest])
+            self._instances[seat] += 1
+        return seat
+
+    def leave_seat(self, seat: int) -> None:
+        """An instance is no more."""
+        with self._lock:
+            self._instances[seat] -= 1
 
     def room(self, marshaller: Marshaller, name: str) -> int:
         """Return the bytes to offer for a result."""
@@ -137,11 +154,60 @@ class Shared:
         self.rooms[name] = min(2 * (size - marshaller.out_size), ROOM_MAX)
 
 
-class TypedContracts:
-    """The typed contracts that one bridge has proxies of."""
+class DroppedInstance(NamedTuple):
+    """An instance whose proxy is gone."""
+
+    shared: Shared
+    seat: int
+    number: int
+
+
+class Dropped:
+    """The instances of one bridge whose proxies are gone: they are to be destroyed.
+
+    Proxies go when the garbage collector comes to them, in any thread and in the middle of anything; so they only leave
+    a note here, and whoever next uses the bridge sends it (`take`).
+
+    Attributes:
+        notes: one for each.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, tuple[type[Any], ...]], tuple[bytes, Shared]] = {}
+        self.notes: deque[DroppedInstance] = deque(maxlen=DROPPED_MAX)
+
+    def add(self, shared: Shared, seat: int, number: int) -> None:
+        """Note an instance."""
+        self.notes.append(DroppedInstance(shared, seat, number))
+
+    def take(self) -> list[DroppedInstance]:
+        """Remove and return instances that one call can destroy: of one contract, in one seat; [] where none are."""
+        taken: list[DroppedInstance] = []
+        try:
+            while len(taken) < DROPPED_AT_ONCE:
+                note = self.notes.popleft()
+                if taken and note[:2] != taken[0][:2]:
+                    self.notes.appendleft(note)
+                    break
+                taken.append(note)
+        except IndexError:
+            pass
+        return taken
+
+    def put_back(self, taken: list[DroppedInstance]) -> None:
+        """They could not be told of now; others come first."""
+        self.notes.extend(taken)
+
+
+class TypedContracts:
+    """The typed contracts that one bridge has proxies of.
+
+    Attributes:
+        dropped: their instances that are to be destroyed.
+    """
+
+    def __init__(self) -> None:
+        self.dropped = Dropped()
+        self._known: dict[tuple[int, tuple[type[Any], ...]], tuple[tuple[bytes, int], Shared]] = {}
 
     def of(self, contract_id: int, body: Mapping[str, Any], given: Iterable[type[Any]] = ()) -> Shared:
         """Return what proxies of a contract share; made anew when its description has changed.
@@ -152,16 +218,18 @@ class TypedContracts:
             TypeError: a given class does not fit.
         """
         text, key = bytes(body["api"]), (contract_id, tuple(given))
+        mark = text, int(body.get("workers", 1))
         known = self._known.get(key)
-        if known is None or known[0] != text:
+        if known is None or known[0] != mark:
             # Contracts of one api.toml share its types: what one returns, another takes.
             others = (
                 shared.description
-                for (_, classes), (other, shared) in list(self._known.items())
+                for (_, classes), ((other, _), shared) in list(self._known.items())
                 if other == text and classes == key[1]
             )
             same = next(((other.api, other.types) for other in others), None)
             while len(self._known) >= KNOWN_MAX:
                 del self._known[next(iter(self._known))]
-            known = self._known[key] = text, Shared(Description.from_reply(contract_id, body, key[1], same))
+            shared = Shared(Description.from_reply(contract_id, body, key[1], same), self.dropped)
+            known = self._known[key] = mark, shared
         return known[1]

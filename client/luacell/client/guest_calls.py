@@ -15,7 +15,7 @@ from itertools import count
 from typing import Final, Protocol
 
 from luacell.client.description import Shared
-from luacell.client.proxy import CREATE, Call, Instance, Steps, drive
+from luacell.client.proxy import Call, Instance, Steps, drive
 from luacell.client.typed.marshaller import Marshaller
 from luacell.client.typed.pointers import (
     Pointer,
@@ -36,6 +36,7 @@ from luacell.protocol.errors import (
     WorkerCrashed,
 )
 from luacell.protocol.limits import PAYLOAD_MAX
+from luacell.protocol.messages import CREATE
 
 INSTANCES_MAX: Final = 100_000  # of one contract, alive at once; as many as a worker holds
 DEFAULT_INSTANCE: Final = 0  # what a guest without an instance passes: NULL
@@ -252,7 +253,7 @@ class TypedTarget:
         return handle
 
     def destroy(self, instance: int) -> None:
-        """Have an instance destroyed with the contract's next call; the shared ones stay."""
+        """Have an instance destroyed with the bridge's next call; the shared ones stay."""
         if self.is_singleton or instance == DEFAULT_INSTANCE:
             return
         with self._lock:
@@ -280,7 +281,8 @@ class _Instance:
             if self._current is None:
                 fresh = Instance(self._shared)
                 if not self._shared.description.contract.singleton:
-                    self._request(CREATE, fresh.begin(), 0)
+                    args = fresh.begin()
+                    self._request(fresh.fn_id(CREATE), args, 0)
                     fresh.is_made = True
                 self._current = fresh
             return self._current

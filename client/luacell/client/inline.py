@@ -371,6 +371,13 @@ class InlineCalls:
                 raise
         session.await_rest(pending)
 
+    def post(self, contract_id: int, fn_id: int, args: bytes) -> bool:
+        """Make a call whose answer nobody waits for; as `Calls.post`."""
+        record = (next(self._ids), contract_id, fn_id, 0, HAS_ARGS, len(args), 0, 0)
+        with self._session.lock:
+            self._session.post(headers.encode_inline(Op.CALL_INLINE, record, args))
+        return True
+
     def _give_up(self, pending: InlinePending) -> None:
         """Nobody waits any more: cancel the call."""
         with self._session.lock:

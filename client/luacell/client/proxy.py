@@ -13,22 +13,20 @@ import inspect
 import re
 import secrets
 import struct
+import threading
 import weakref
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any, Final
 
-from luacell.client.description import Shared
+from luacell.client.description import DroppedInstance, Shared
 from luacell.client.typed.marshaller import Marshaller
 from luacell.protocol.errors import BufferTooSmall, CallError
 from luacell.protocol.limits import PAYLOAD_MAX
-from luacell.protocol.messages import IN_INSTANCE
+from luacell.protocol.messages import CREATE, DESTROY, FETCH, IN_INSTANCE, SEAT_SHIFT
 
-FETCH, CREATE, DESTROY = 0xFFFF_FFFF, 0xFFFF_FFFE, 0xFFFF_FFFD
 _HEAD: Final = struct.Struct("<QQ")
 _TOKEN: Final = struct.Struct("<Q")
 _NUMBER_BITS: Final = 52  # Lua keeps them as numbers
-DROPPED_AT_ONCE: Final = 1024  # instances destroyed by one message, 8 KiB
 _KEPT: Final = re.compile(r"result of ([0-9]{1,12}) bytes is kept as ([0-9]{1,19})")
 
 Call = Callable[[int, int, bytes, int, float | None], bytes]  # contract id, function id, args, out size, timeout
@@ -36,7 +34,7 @@ AsyncCall = Callable[[int, int, bytes, int, float | None], Awaitable[bytes]]
 
 
 class Instance:
-    """A proxy's instance in the contract's worker.
+    """A proxy's instance in a worker of the contract.
 
     Attributes:
         number: that names it there, among those of this host.
@@ -46,12 +44,19 @@ class Instance:
     def __init__(self, shared: Shared) -> None:
         self.number = secrets.randbits(_NUMBER_BITS) | 1  # 0 is the default one, of raw calls
         self.is_made = False
-        self.may_exist = False
+        self._seat: int | None = None  # set when it may exist
         self._shared = shared
+        self._beginning = threading.Lock()
+
+    def fn_id(self, function: int) -> int:
+        """Return the function id by which its worker is found, and in it a function or a deed."""
+        return fn_id_in(self._seat or 0, function)
 
     def begin(self) -> bytes:
-        """Return the arguments that ask for it; from now on it may exist."""
-        self.may_exist = True
+        """Return the arguments that ask for it; from now on it may exist, in the same place whoever asks."""
+        with self._beginning:
+            if self._seat is None:
+                self._seat = self._shared.take_seat()
         return self.head()
 
     def head(self) -> bytes:
@@ -59,9 +64,23 @@ class Instance:
         return _HEAD.pack(self.number, 0)
 
     def drop(self) -> None:
-        """Have it destroyed with the next call of the contract."""
-        if self.may_exist:
-            self._shared.dropped.append(self.number)
+        """Have it destroyed by whoever next uses the bridge."""
+        if self._seat is not None:
+            self._shared.dropped.add(self._shared, self._seat, self.number)
+
+
+def fn_id_in(seat: int, function: int) -> int:
+    """Return the function id of a function, or a deed, for an instance in a seat."""
+    return IN_INSTANCE | seat << SEAT_SHIFT | function
+
+
+def destruction(dropped: list[DroppedInstance]) -> tuple[int, int, bytes]:
+    """Return the call that destroys instances of one contract and seat: contract id, function id, arguments."""
+    shared, seat, _ = dropped[0]
+    numbers = [number for _, _, number in dropped]
+    for _ in numbers:
+        shared.leave_seat(seat)
+    return shared.description.contract_id, fn_id_in(seat, DESTROY), struct.pack(f"<{len(numbers)}Q", *numbers)
 
 
 class Steps:
@@ -74,17 +93,14 @@ class Steps:
     def run(self, name: str, marshaller: Marshaller, payload: bytes) -> Any:
         """Yield (function id, args, out size), and be sent the bytes that came; `StopIteration` carries the value."""
         shared, instance = self._shared, self._instance
-        fn_id, head = marshaller.fn_id, b""
+        fn_id, head, fetch_id = marshaller.fn_id, b"", fn_id_in(0, FETCH)
         if not shared.description.contract.singleton:
-            dropped = _numbers(shared) if shared.dropped else b""
-            if dropped:
-                with suppress(CallError):  # what becomes of another proxy's instance is not this call's affair
-                    yield DESTROY, dropped, 0
             head = instance.head()
             if not instance.is_made:  # callers at once may each do this: it is made once
-                yield CREATE, instance.begin(), 0
+                args = instance.begin()
+                yield instance.fn_id(CREATE), args, 0
                 instance.is_made = True
-            fn_id |= IN_INSTANCE
+            fn_id, fetch_id = instance.fn_id(fn_id), instance.fn_id(FETCH)
         try:
             result = yield fn_id, head + payload, shared.room(marshaller, name)
         except BufferTooSmall as error:
@@ -92,18 +108,8 @@ class Steps:
             if match is None or int(match[1]) > PAYLOAD_MAX:
                 raise
             shared.learn(marshaller, name, int(match[1]))
-            result = yield FETCH, _TOKEN.pack(int(match[2])), int(match[1])
+            result = yield fetch_id, _TOKEN.pack(int(match[2])), int(match[1])
         return marshaller.unpack(result)
-
-
-def _numbers(shared: Shared) -> bytes:
-    """Take some of the instances that are to be destroyed."""
-    numbers: list[int] = []
-    while len(numbers) < DROPPED_AT_ONCE and (number := shared.next_dropped()) is not None:
-        numbers.append(number)
-    if len(numbers) == 1:
-        numbers *= 2  # a head has two words; what is gone already is gone
-    return struct.pack(f"<{len(numbers)}Q", *numbers)
 
 
 def drive(steps: Any, call: Callable[[int, bytes, int], bytes]) -> Any:
@@ -151,25 +157,25 @@ class _Proxy:
     def __init__(
         self, shared: Shared, call: Any, timeout: float | None = None, instance: Instance | None = None
     ) -> None:
-        self._shared = shared
-        self._call = call
-        self._timeout = timeout
-        self._instance = Instance(shared) if instance is None else instance
-        self._keeps: Any = None  # the proxy that this one was made from: its instance must live as long
+        self.__luacell_shared__ = shared
+        self.__luacell_call__ = call
+        self.__luacell_timeout__ = timeout
+        self.__luacell_instance__ = Instance(shared) if instance is None else instance
+        self.__luacell_keeps__: Any = None  # the proxy that this one was made from: its instance must live as long
         if instance is None:
-            weakref.finalize(self, self._instance.drop).atexit = False
+            weakref.finalize(self, self.__luacell_instance__.drop).atexit = False
 
     def with_options(self, *, timeout: float | None = None) -> Any:
         """Return a proxy of the same instance whose calls have a timeout, in seconds."""
-        other = type(self)(self._shared, self._call, timeout, self._instance)
-        other._keeps = self
+        other = type(self)(self.__luacell_shared__, self.__luacell_call__, timeout, self.__luacell_instance__)
+        other.__luacell_keeps__ = self
         return other
 
     def __dir__(self) -> list[str]:
-        return sorted(self._shared.description.functions)
+        return sorted(self.__luacell_shared__.description.functions)
 
     def __repr__(self) -> str:
-        contract = self._shared.description.contract
+        contract = self.__luacell_shared__.description.contract
         return f"<{contract.name}@{contract.version}>"
 
 
@@ -211,11 +217,11 @@ def _arguments(signature: list[str], given: tuple[Any, ...], named: dict[str, An
 
 def _method(name: str, marshaller: Marshaller) -> Callable[..., Any]:
     def method(self: _Proxy, /, *given: Any, **named: Any) -> Any:
-        shared = self._shared
+        shared = self.__luacell_shared__
         names = [each.name for each in shared.description.contract.functions[marshaller.fn_id].params] if named else []
         payload = marshaller.pack(_arguments(names, given, named, marshaller.title))
-        contract_id, call, timeout = shared.description.contract_id, self._call, self._timeout
-        steps = Steps(shared, self._instance).run(name, marshaller, payload)
+        contract_id, call, timeout = shared.description.contract_id, self.__luacell_call__, self.__luacell_timeout__
+        steps = Steps(shared, self.__luacell_instance__).run(name, marshaller, payload)
         return drive(steps, lambda fn_id, args, out_size: call(contract_id, fn_id, args, out_size, timeout))
 
     return method
@@ -223,11 +229,11 @@ def _method(name: str, marshaller: Marshaller) -> Callable[..., Any]:
 
 def _async_method(name: str, marshaller: Marshaller) -> Callable[..., Any]:
     async def method(self: _Proxy, /, *given: Any, **named: Any) -> Any:
-        shared = self._shared
+        shared = self.__luacell_shared__
         names = [each.name for each in shared.description.contract.functions[marshaller.fn_id].params] if named else []
         payload = marshaller.pack(_arguments(names, given, named, marshaller.title))
-        contract_id, call, timeout = shared.description.contract_id, self._call, self._timeout
-        steps = Steps(shared, self._instance).run(name, marshaller, payload)
+        contract_id, call, timeout = shared.description.contract_id, self.__luacell_call__, self.__luacell_timeout__
+        steps = Steps(shared, self.__luacell_instance__).run(name, marshaller, payload)
         return await _drive_async(
             steps, lambda fn_id, args, out_size: call(contract_id, fn_id, args, out_size, timeout)
         )

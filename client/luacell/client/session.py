@@ -194,6 +194,15 @@ class Session:
         inbox[0] = 0
         return True
 
+    def post(self, message: bytes) -> None:
+        """Send a call that nobody waits for. Under the lock.
+
+        Raises:
+            Unavailable: the broker is gone, takes no messages, or the session was closed.
+        """
+        self.check()
+        self._send(message)
+
     def leave(self, pending: Pending) -> None:
         """Stop being the reader, where `pending` is, with nothing left half read. Under the lock."""
         if self._inbox[0] and not self._is_closed:

@@ -26,8 +26,9 @@ local KEPT_MAX = 16 -- results that wait to be fetched
 local KEPT_BYTES_MAX = 64 * 1024 * 1024 -- and their bytes
 local INSTANCES_MAX = 100000
 local IN_INSTANCE = 0x80000000 -- of a function id: the payload begins with the number of an instance
+local FUNCTION_MASK = 0xFFFF -- of such an id: the function; bits between the two are the broker's
 local HEAD_SIZE = 16 -- bytes of that beginning
-local FETCH, CREATE, DESTROY = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD
+local FETCH, CREATE, DESTROY = 0xFFFF, 0xFFFE, 0xFFFD
 
 local SHOWN_MAX = 40 -- bytes of a string in an error text
 
@@ -320,18 +321,19 @@ function typed.bind(table_of_methods, is_singleton, functions, names, count, nam
   return function(fn_id, payload, out, args_size, out_size, arena)
     local number = 0
     if fn_id >= IN_INSTANCE then
+      fn_id = band(fn_id, FUNCTION_MASK)
       if fn_id == FETCH then return fetch(arena, payload, args_size, out, out_size) end
+      if fn_id == DESTROY then
+        for index = 0, floor(args_size / 8) - 1 do remove(arena, tonumber(cast(words_pointer, payload)[index])) end
+        return 0
+      end
       if args_size < HEAD_SIZE then error("the number of an instance is missing", 0) end
       number = tonumber(cast(words_pointer, payload)[0])
       if fn_id == CREATE then
         create(arena, number)
         return 0
       end
-      if fn_id == DESTROY then
-        for index = 0, floor(args_size / 8) - 1 do remove(arena, tonumber(cast(words_pointer, payload)[index])) end
-        return 0
-      end
-      fn_id, payload, args_size = fn_id - IN_INSTANCE, payload + HEAD_SIZE, args_size - HEAD_SIZE
+      payload, args_size = payload + HEAD_SIZE, args_size - HEAD_SIZE
     end
     local method = functions[fn_id]
     if not method then
