@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from tests.soak import crashes, crowds, kills, million, reloads
+from tests.soak import crashes, crowds, failures, kills, million, reloads
 from tests.soak.report import Report
 
 RUNS: dict[str, Callable[[int], Report]] = {
@@ -20,6 +20,7 @@ RUNS: dict[str, Callable[[int], Report]] = {
     "crowds": crowds.run,
     "million": million.run,
     "reloads": reloads.run,
+    "failures": failures.run,
 }
 LIMIT_S = 600  # for all runs together; what is under way then is cleaned up, and counts as failed
 

@@ -27,6 +27,7 @@ from tests.support.processes import (
     children_of,
     descriptors_of,
     mappings_of,
+    processes_with,
     thread_count,
     workers_of,
 )
@@ -164,7 +165,7 @@ class Kills:
 
     def _check_nothing_left(self, before: tuple[object, ...]) -> None:
         try:
-            settles(lambda: len(_processes_with(self._run_directory)), 0, "all processes have ended", GONE_WITHIN_S)
+            settles(lambda: len(processes_with(self._run_directory)), 0, "all processes have ended", GONE_WITHIN_S)
             settles(_holdings, before, "descriptors, threads, mappings and children are as before")
         except AssertionError as error:
             self._violations.append(f"something is left: {error}")
@@ -201,18 +202,6 @@ def _survivors(doomed: Sequence[Process]) -> list[Process]:
 
 def _holdings() -> tuple[object, ...]:
     return descriptors_of(), thread_count(), mappings_of(), len(children_of(os.getpid()))
-
-
-def _processes_with(run_directory: Path) -> list[int]:
-    """Return every process of a run directory; workers keep the command line that they were forked with."""
-    word = os.fsencode(run_directory)
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-                if word in Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0"):
-                    found.append(int(name))
-    return found
 
 
 def _files_of(run_directory: Path) -> set[str]:

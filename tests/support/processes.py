@@ -182,6 +182,18 @@ def worker_of(bridge: LuaHostBridge, contract: str) -> Process:
     return eventually(look, f"{contract} has one worker")
 
 
+def processes_with(run_directory: Path) -> list[int]:
+    """Return every process of a run directory; workers keep the command line that they were forked with."""
+    word = os.fsencode(run_directory)
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                if word in Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0"):
+                    found.append(int(name))
+    return found
+
+
 # -- what a process holds ---------------------------------------------------------------------------------
 def descriptors_of(pid: int | str = "self") -> Counter[str]:
     """Count the descriptors of a process by what they are; numbers of pipes and sockets are left out."""

@@ -38,6 +38,7 @@ class Serving:
         log_level: str = "error",
         environment: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
+        program: Sequence[str] = ("-m", "luacell.cli.serve"),
         stderr: int | None = None,
     ) -> None:
         self.run_directory = run_directory
@@ -47,8 +48,7 @@ class Serving:
         command = [
             *prefix,
             *PYTHON,
-            "-m",
-            "luacell.cli.serve",
+            *program,
             "--run-dir",
             str(run_directory),
             "--log-level",

@@ -15,7 +15,8 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from functools import partial
+from typing import Final, NamedTuple, NoReturn
 
 import zmq
 
@@ -166,17 +167,23 @@ class Watcher:
         speaker.connect(self._endpoint)
         try:
             while not self._stopping:
-                if len(self.inbox) >= INBOX_MAX:
-                    self._drained.clear()
-                    self._drained.wait(_INBOX_WAIT_S)
-                    continue
-                for descriptor, _ in self._epoll.poll():
-                    self._handle(descriptor)
-                if self.inbox:
-                    with contextlib.suppress(zmq.Again):  # full: the loop has enough wake-ups waiting
-                        speaker.send(b"", zmq.NOBLOCK)
+                self._turn(speaker)
+        except Exception as error:  # a loop that hears of nothing any more must not go on
+            self.inbox.append(WorkDone(partial(_fail, error)))
+            speaker.send(b"")
         finally:
             speaker.close()
+
+    def _turn(self, speaker: zmq.Socket[bytes]) -> None:
+        if len(self.inbox) >= INBOX_MAX:
+            self._drained.clear()
+            self._drained.wait(_INBOX_WAIT_S)
+            return
+        for descriptor, _ in self._epoll.poll():
+            self._handle(descriptor)
+        if self.inbox:
+            with contextlib.suppress(zmq.Again):  # full: the loop has enough wake-ups waiting
+                speaker.send(b"", zmq.NOBLOCK)
 
     def _handle(self, descriptor: int) -> None:
         if descriptor == self._wake:
@@ -212,7 +219,12 @@ class Watcher:
             channel, _ = self._listener.accept()
         except OSError:  # the peer is gone again, or descriptors are short: the next event tries anew
             return
-        self.watch_channel(channel)  # first: the loop may close it as soon as it hears of it
+        try:
+            self.watch_channel(channel)  # first: the loop may close it as soon as it hears of it
+        except OSError:  # the kernel can watch no more
+            self._channels.pop(channel.fileno(), None)
+            channel.close()
+            return
         self.inbox.append(Connected(channel))
 
     def _read(self, channel: socket.socket) -> None:
@@ -229,3 +241,7 @@ class Watcher:
                 close_all(descriptors)
                 continue
             self.inbox.append(Received(channel, message, descriptors))
+
+
+def _fail(error: Exception) -> NoReturn:
+    raise error

@@ -215,8 +215,13 @@ class Workers:
             return
         worker.pid = started.pid
         link = self._links[worker.id] = WorkerLink(worker, pidfd, channel)
-        self._watcher.watch_end(pidfd, "worker", link)
-        self._watcher.watch_end(channel.fileno(), "socketpair", link)
+        try:
+            self._watcher.watch_end(pidfd, "worker", link)
+            self._watcher.watch_end(channel.fileno(), "socketpair", link)
+        except OSError as error:  # the kernel can watch no more; its end will come from the worker host
+            log.error("worker cannot be watched", extra={"fields": {"worker": worker.id, "reason": str(error)}})
+            self.lost(worker)
+            return
         if worker in self._ready_early:
             self._ready_early.discard(worker)
             self._perform(self._dispatcher.worker_ready(worker, time.monotonic_ns()))

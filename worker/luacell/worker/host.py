@@ -187,12 +187,18 @@ class WorkerHost:
             pid = os.fork()
             if pid == 0:
                 run_worker(parent, self._broker_socket, start.routing_id, theirs, pipes.write_ends)
-            child = Child(start.worker, pid, os.pidfd_open(pid))
+            child = Child(start.worker, pid, _pidfd_of_child(pid))
             self._children[child.pidfd] = self._by_worker[child.worker] = child
-            self._epoll.register(child.pidfd, select.EPOLLIN)
-            self._outputs.add(child.worker, *pipes.give_read_ends())
-            started = messages.Started(worker=start.worker, pid=pid)
-            send_message(self._channel, encode(started), [child.pidfd, ours.fileno()])
+            try:
+                self._outputs.add(child.worker, *pipes.give_read_ends())
+                self._epoll.register(child.pidfd, select.EPOLLIN)
+                started = messages.Started(worker=start.worker, pid=pid)
+                send_message(self._channel, encode(started), [child.pidfd, ours.fileno()])
+            except OSError:  # nobody would hear of its end
+                _kill(child)
+                os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED)
+                self._forget(child)
+                raise
 
     def _on_end(self, child: Child) -> None:
         result = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOHANG)
@@ -260,6 +266,20 @@ class _Pipes:
 
     def __exit__(self, *_: object) -> None:
         close_all(self._open)
+
+
+def _pidfd_of_child(pid: int) -> int:
+    """Return a pidfd of a child; one that there is none for is ended.
+
+    Raises:
+        OSError: no descriptor or no memory.
+    """
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)  # the number is its own until it is waited for
+        os.waitpid(pid, 0)
+        raise
 
 
 def _kill(child: Child) -> None:

@@ -10,6 +10,7 @@ turns of a bounded number of reads, so that forks and kills between two turns ar
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import os
 import select
@@ -234,7 +235,8 @@ class Outputs:
         if stream.descriptor < 0:
             return
         del self._streams[stream.descriptor]
-        self._epoll.unregister(stream.descriptor)
+        with contextlib.suppress(OSError):  # there was no room for it
+            self._epoll.unregister(stream.descriptor)
         os.close(stream.descriptor)
         stream.descriptor = -1
 
