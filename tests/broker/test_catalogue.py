@@ -87,12 +87,28 @@ def test_the_registry_counts_registrations_under_way(monkeypatch: pytest.MonkeyP
     assert not bench.has(SendReply), "that is none more"
 
 
-@pytest.mark.parametrize("level", ["hardened", "untrusted", "none"])
-def test_a_sandbox_that_is_not_there_is_refused(level: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sandbox": "none"}, "'none' is none of"),
+        ({"sandbox": "untrusted"}, "typed contracts only"),
+        ({"sandbox": "hardened", "read": "/srv"}, "level 'hardened' has none"),
+        ({"sandbox": "hardened", "network": True}, "level 'hardened' has none"),
+        ({"write": "/srv\nelsewhere"}, "'elsewhere' is granted, and is no absolute path"),
+    ],
+)
+def test_a_sandbox_that_cannot_be_had_is_refused(settings: dict[str, Any], words: str) -> None:
     bench = Bench()
-    bench.register(sandbox=level)
+    bench.register(**settings)
     assert bench.only(SendReply).code is AbiErrorCode.BAD_REQUEST
-    assert level in bench.only(SendReply).reason
+    assert words in bench.only(SendReply).reason
+
+
+def test_a_raw_contract_is_refused_where_the_floor_is_untrusted() -> None:
+    bench = Bench()
+    bench.workforce.confined(bench.worker(), "untrusted", ())
+    bench.register()
+    assert "typed contracts only" in bench.only(SendReply).reason
 
 
 def test_state_lives_in_one_worker() -> None:
@@ -245,7 +261,7 @@ def test_a_stored_contract_that_no_longer_loads_fails_its_calls() -> None:
 
 def test_a_stored_contract_whose_sandbox_is_not_there_is_not_served_without_it() -> None:
     bench = Bench()
-    assert "hardened" in bench.catalogue.restore(record_of(sandbox="hardened"))
+    assert "watertight" in bench.catalogue.restore(record_of(sandbox="watertight"))
     assert not bench.catalogue.serving
 
 

@@ -373,8 +373,8 @@ def test_file_of_a_newer_luacell_is_refused_and_left_alone(path: Path) -> None:
 
 def test_setting_of_a_newer_luacell_is_refused(path: Path) -> None:
     filled(path)
-    changed(path, "UPDATE settings SET name = 'network' WHERE name = 'sandbox'")
-    assert "'network'" in refusal(path)
+    changed(path, "UPDATE settings SET name = 'colour' WHERE name = 'sandbox'")
+    assert "'colour'" in refusal(path)
     assert "use the newer luacell" in refusal(path)
 
 

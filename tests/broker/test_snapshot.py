@@ -5,6 +5,7 @@ import pytest
 from luacell.broker import snapshot as snapshot_module
 from luacell.broker.causes import Cause
 from luacell.broker.snapshot import snapshot
+from luacell.protocol.confinement import Layer
 from tests.broker.bench import SEGFAULT, Bench
 
 LONG_US = 60_000_000
@@ -18,13 +19,23 @@ def test_it_tells_what_is_there() -> None:
     for _ in range(2):
         bench.call()
     worker.pid = 4321
-    bench.workforce.posture = "no new privileges, seccomp"
+    layers = (Layer("seccomp", True, "no fork"), Layer("landlock", False, "this kernel has none"))
+    bench.workforce.posture = {"default": layers}
     assert snapshot(bench.dispatcher, bench.books) == {
         "state": "serving",
         "hosts": 2,
         "contracts": 1,
         "worker_host": True,
-        "workers": [{"id": worker.id, "pid": 4321, "state": "busy", "contract": "0x0000000000000001", "served": 1}],
+        "workers": [
+            {
+                "id": worker.id,
+                "pid": 4321,
+                "state": "busy",
+                "contract": "0x0000000000000001",
+                "sandbox": "default",
+                "served": 1,
+            }
+        ],
         "spares": 0,
         "spares_wanted": 0,
         "pools": [
@@ -46,7 +57,11 @@ def test_it_tells_what_is_there() -> None:
         "memory_bytes": running.pair.shape.total_bytes,
         "answered": 1,
         "deaths": {},
-        "posture": {"level": "default", "layers": ["no new privileges", "seccomp"]},
+        "posture": {"level": "default", "layers": ["seccomp"]},
+        "sandbox": [
+            {"level": "default", "layer": "seccomp", "in_force": True, "detail": "no fork"},
+            {"level": "default", "layer": "landlock", "in_force": False, "detail": "this kernel has none"},
+        ],
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from luacell.client import AbiErrorCode, BridgeError, CallError, LuaHostBridge
 
+Setting = str | int | bool | list[str]
 PROBE = "host.probe@1"
 HEALTHY = "host.healthy@1"
 
@@ -55,7 +56,7 @@ NUMBERED = function("""
 """)
 
 
-def deploy(bridge: LuaHostBridge, source: str, name: str = PROBE, **settings: str | int | bool) -> str:
+def deploy(bridge: LuaHostBridge, source: str, name: str = PROBE, **settings: Setting) -> str:
     """Deploy one chunk with the given keys of `luacell.toml`; return the contract's name."""
     with tempfile.TemporaryDirectory(prefix="probe-") as directory:
         write_deployment(Path(directory), source, name, **settings)
@@ -63,7 +64,7 @@ def deploy(bridge: LuaHostBridge, source: str, name: str = PROBE, **settings: st
     return deployed
 
 
-def write_deployment(directory: Path, source: str, name: str = PROBE, **settings: str | int | bool) -> None:
+def write_deployment(directory: Path, source: str, name: str = PROBE, **settings: Setting) -> None:
     (directory / "probe.lua").write_text(source)
     keys = {"source": "probe.lua", **settings}
     lines = [f'[contract."{name}"]', *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]

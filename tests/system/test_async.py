@@ -284,7 +284,9 @@ def test_tasks_cancelled_at_any_point_leave_a_usable_bridge(bridge: LuaHostBridg
 
 def test_slot_of_a_cancelled_call_rests_until_its_worker_is_dead(bridge: LuaHostBridge, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
-    deploy(bridge, function(f'io.open("{begun}", "w"):close() while true do end'), deadline="300ms")
+    deploy(
+        bridge, function(f'io.open("{begun}", "w"):close() while true do end'), deadline="300ms", write=[str(tmp_path)]
+    )
 
     async def work(own: AsyncLuaHostBridge) -> None:
         call = asyncio.create_task(own.call(PROBE, 0))

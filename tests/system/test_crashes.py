@@ -262,7 +262,7 @@ def test_death_of_an_idle_worker_is_invisible(bridge: LuaHostBridge, fatal: str)
 def test_worker_killed_from_outside_in_a_call_is_told_from_a_crash(bridge: LuaHostBridge, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     body = f'if fn_id == 0 then out[0] = 42 return end io.open("{begun}", "w"):close() while true do end'
-    deploy(bridge, function(body), deadline="10s")
+    deploy(bridge, function(body), deadline="10s", write=[str(tmp_path)])
     assert serves(bridge, PROBE)
     with ThreadPoolExecutor(1) as pool, closing(worker_of(bridge, PROBE)) as worker:
         running = pool.submit(failure, bridge, PROBE, LOOP)

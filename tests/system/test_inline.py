@@ -337,7 +337,7 @@ def test_contract_that_no_longer_loads_says_so(place: Place, bridge: LuaHostBrid
         f"local seen = io.open({str(flag)!r}) if seen then error('no longer') end return function(fn) "
         "if fn == 1 then require('ffi').cast('int *', 0)[0] = 1 end end"
     )
-    place.local.register_host_contract("host.fading@1", LuaFunction(source))
+    deploy(place.local, source, "host.fading@1", read=[str(tmp_path)])
     try:
         flag.touch()
         assert isinstance(failure(bridge, "host.fading@1", 1), WorkerCrashed)

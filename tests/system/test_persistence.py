@@ -133,7 +133,7 @@ def test_contract_that_no_longer_loads_fails_its_calls_and_can_be_replaced(run: 
     needed.touch()
     source = f'assert(io.open("{needed}")) {DOUBLE}'
     with Serving(run), LuaHostBridge.connect(run) as bridge:
-        bridge.register_host_contract(PROBE, LuaFunction(source, chunk_name="@probe.lua"))
+        deploy(bridge, source, read=[str(home)])
         bridge.register_host_contract(HEALTHY, LuaFunction(DOUBLE))
     needed.unlink()
     with Serving(run), LuaHostBridge.connect(run) as bridge:
@@ -452,7 +452,7 @@ def with_a_sandbox_that_is_not_there(state: Path) -> None:
         with Serving(run, state_directory=state), LuaHostBridge.connect(run) as bridge:
             deploy(bridge, DOUBLE)
     with closing(sqlite3.connect(state / REGISTRY_FILE, isolation_level=None)) as database:
-        database.execute("UPDATE settings SET value = 'hardened' WHERE name = 'sandbox'")
+        database.execute("UPDATE settings SET value = 'watertight' WHERE name = 'sandbox'")
 
 
 @pytest.mark.parametrize(
@@ -470,7 +470,7 @@ def with_a_sandbox_that_is_not_there(state: Path) -> None:
         (damaged, "is damaged"),
         (newer, "use the newer luacell"),
         (of_another_program, "no registry of luacell"),
-        (with_a_sandbox_that_is_not_there, "'hardened' is not available"),
+        (with_a_sandbox_that_is_not_there, "'watertight' is none of"),
     ],
 )
 def test_state_that_cannot_be_served_is_refused_by_name(

@@ -23,7 +23,7 @@ from luacell.protocol.slots import (
     write_generation,
     write_withdrawn,
 )
-from luacell.worker.process import STACK_SIZE
+from luacell.worker.sandbox.levels import STACK_SIZE
 from luacell.worker.vm import OutOfLuaMemory, Vm
 
 BOTH = HAS_ARGS | HAS_OUT

@@ -33,7 +33,7 @@ from luacell.protocol.endpoints import TcpEndpoint, parse_tcp
 from luacell.protocol.limits import SPARES_MAX
 from luacell.protocol.logs import LEVELS, configure_queued_logging
 from luacell.protocol.paths import STATE_DIRECTORY
-from luacell.protocol.startup import put_right
+from luacell.protocol.startup import hide_memory, put_right
 
 # A call leaves no cycles behind; looking for some every few calls costs more than the calls' own objects.
 GC_THRESHOLDS: Final = (50_000, 20, 50)
@@ -48,6 +48,7 @@ log = logging.getLogger("luacell.broker")
 def main(arguments: list[str] | None = None) -> int:
     """Run a broker; return its exit code."""
     put_right()
+    hide_memory()
     options = _parse(arguments)
     faulthandler.enable()
     records = configure_queued_logging(options.log_level, make_formatter)

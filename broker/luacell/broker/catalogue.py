@@ -31,6 +31,7 @@ from luacell.broker.registry import ContractRecord, Registry
 from luacell.broker.seats import move_calls
 from luacell.broker.timers import TimerWheel
 from luacell.broker.workforce import Workforce, backoff_ns
+from luacell.protocol.confinement import DEFAULT, UNTRUSTED
 from luacell.protocol.errors import AbiErrorCode, DuplicateContract, TypeMismatch, VmRegistrationFailed
 from luacell.protocol.identity import format_id
 from luacell.protocol.limits import CONTRACTS_MAX, LOAD_LIMIT_NS, NS_PER_S, START_LIMIT_NS
@@ -88,7 +89,7 @@ class Catalogue:
             reason = f"the bound on workers: {self._workforce.workers_max} is reached; unregister what is not needed"
             effects.append(SendReply(request, "Busy", AbiErrorCode.BUSY, reason))
             return
-        objection = _objection_to(record)
+        objection = _objection_to(record, self._workforce.floor)
         if hold and record.owner is not None:
             objection = "a private contract is not held: nobody else sees it"
         if objection:
@@ -105,7 +106,7 @@ class Catalogue:
         Returns:
             "", or why it cannot be served as it was registered.
         """
-        objection = _objection_to(record)
+        objection = _objection_to(record, DEFAULT)
         if not objection:
             self._registry.put(record)
             self.serving[record.id] = Contract(record)
@@ -308,10 +309,13 @@ class Catalogue:
             contract.timer = None
 
 
-def _objection_to(record: ContractRecord) -> str:
+def _objection_to(record: ContractRecord, floor: str) -> str:
     settings = record.settings
-    if settings.sandbox != "default":
-        return f"sandbox level {settings.sandbox!r} is not available; this version has 'default' only"
+    if objection := settings.confinement.objection():
+        return objection
+    level = settings.confinement.at_least(floor).level
+    if level == UNTRUSTED and not record.is_typed:
+        return f"sandbox level {level!r} is for typed contracts only: raw ones need FFI; give it an api.toml"
     if settings.workers > 1 and not settings.stateless and not record.is_typed:
         return f"workers = {settings.workers} of a raw contract needs stateless = true: its state lives in one worker"
     return ""

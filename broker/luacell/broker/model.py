@@ -23,6 +23,7 @@ from luacell.broker.books import Pair, SlotBook
 from luacell.broker.queues import FairQueue
 from luacell.broker.registry import ContractRecord
 from luacell.protocol import headers
+from luacell.protocol.confinement import UNGRANTED, Confinement
 from luacell.protocol.errors import AbiErrorCode, Began
 from luacell.protocol.limits import NS_PER_US, QUEUE_MAX
 from luacell.protocol.slots import Answer
@@ -223,6 +224,7 @@ class Worker:
         paced_ns: since when its pace is measured; 0: not at all.
         paced_served: calls it had finished then.
         mapped: pairs of segments that it was sent.
+        confinement: what it was ordered as, with the level that it has told.
     """
 
     id: int
@@ -241,6 +243,7 @@ class Worker:
     mapped: set[Pair] = field(default_factory=set)
     verdict: str = ""
     timer: int | None = None
+    confinement: Confinement = UNGRANTED
 
     @property
     def held(self) -> list[Call]:

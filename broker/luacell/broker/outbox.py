@@ -192,6 +192,10 @@ class Outbox:
             chunk_name=record.chunk_name,
             modules=record.modules,
             memory=record.settings.memory,
+            sandbox=record.settings.sandbox,
+            read=record.settings.read,
+            write=record.settings.write,
+            network=record.settings.network,
         )
         self.tell(effect.worker.routing_id, load)
 

@@ -30,6 +30,7 @@ def snapshot(dispatcher: Dispatcher, books: Books) -> dict[str, Any]:
                 "pid": worker.pid,
                 "state": worker.state.value,
                 "contract": worker.contract.record.title if worker.contract else None,
+                "sandbox": worker.confinement.level,
                 "served": worker.served,
             }
             for worker in force.by_id.values()
@@ -43,7 +44,15 @@ def snapshot(dispatcher: Dispatcher, books: Books) -> dict[str, Any]:
         "memory_bytes": books.total_bytes,
         "answered": dispatcher.answered_count,
         "deaths": dict(force.deaths),
-        "posture": {"level": "default", "layers": force.posture.split(", ") if force.posture else []},
+        "posture": {
+            "level": force.floor,
+            "layers": [layer.name for layer in force.posture.get(force.floor, ()) if layer.in_force],
+        },
+        "sandbox": [
+            {"level": level, "layer": layer.name, "in_force": layer.in_force, "detail": layer.detail}
+            for level, layers in sorted(force.posture.items())
+            for layer in layers
+        ],
     }
 
 

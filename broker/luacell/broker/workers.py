@@ -26,6 +26,7 @@ from luacell.broker.outputs import OutputBudget
 from luacell.broker.store import SegmentStore
 from luacell.broker.watcher import Watcher
 from luacell.protocol import headers, messages
+from luacell.protocol.confinement import read as read_layers
 from luacell.protocol.errors import ProtocolError
 from luacell.protocol.headers import Op
 from luacell.protocol.limits import NS_PER_MS
@@ -229,7 +230,17 @@ class Workers:
     def order_start(self, effect: model.StartWorker) -> None:
         """Perform StartWorker."""
         worker = effect.worker
-        self._order(messages.Start(worker=worker.id, routing_id=worker.routing_id))
+        level, read, write, network = worker.confinement
+        self._order(
+            messages.Start(
+                worker=worker.id,
+                routing_id=worker.routing_id,
+                sandbox=level,
+                read=read,
+                write=write,
+                network=network,
+            )
+        )
 
     def order_kill(self, effect: model.KillWorker) -> None:
         """Perform KillWorker."""
@@ -259,7 +270,8 @@ class Workers:
             loaded = decode(messages.Loaded, message)
             self._perform(self._dispatcher.worker_loaded(worker, loaded.problem, loaded.reason, now_ns))
         elif op is Op.READY:
-            self._workforce.posture = decode(messages.Ready, message).posture
+            ready = decode(messages.Ready, message)
+            self._workforce.confined(worker, ready.sandbox, read_layers(ready.posture))
             if worker.id in self._links:
                 self._perform(self._dispatcher.worker_ready(worker, now_ns))
             else:  # the worker host's report of its descriptors is on the other channel, still on its way

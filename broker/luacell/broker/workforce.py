@@ -29,6 +29,7 @@ from luacell.broker.model import (
     Worker,
 )
 from luacell.broker.timers import TimerWheel
+from luacell.protocol.confinement import DEFAULT, Confinement, Layer, stricter
 from luacell.protocol.limits import LOAD_LIMIT_NS, NS_PER_MS, NS_PER_S, START_LIMIT_NS, WORKERS_MAX
 
 BACKOFF_FIRST_NS: Final = 10 * NS_PER_MS
@@ -48,7 +49,7 @@ class Workforce:
     Args:
         wheel: for limits on starting and loading.
         new_routing_id: makes 16 unguessable bytes.
-        spares: blank workers to keep.
+        spares: blank workers to keep, for each level of the sandbox that is in use.
         workers_max: how many there may be, dying ones included; None for WORKERS_MAX.
     """
 
@@ -72,7 +73,9 @@ class Workforce:
         self.waiting: OrderedDict[Contract, None] = OrderedDict()
         self.deaths: Counter[str] = Counter()
         self.has_host = False
-        self.posture = ""  # of the last worker that became ready
+        self.floor = DEFAULT  # what the worker host makes of `default`, as far as its workers have told
+        self.levels_in_use = {DEFAULT}
+        self.posture: dict[str, tuple[Layer, ...]] = {}  # by level: of the last worker of it that became ready
 
     @property
     def starting_count(self) -> int:
@@ -85,37 +88,83 @@ class Workforce:
         return len(self.by_id) >= self.workers_max and not self.blank
 
     def request(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
-        """Get a worker for a contract: a blank one now, or the next that becomes ready."""
-        if self.blank:
-            self._assign(self.blank.popleft(), contract, now_ns, effects)
+        """Get a worker for a contract: a blank one that is confined as it must be, or the next that becomes ready."""
+        confinement = self._confinement_of(contract)
+        if not confinement.has_grants:
+            self.levels_in_use.add(confinement.level)
+        worker = next((each for each in self.blank if each.confinement == confinement), None)
+        if worker is not None:
+            self.blank.remove(worker)
+            self._assign(worker, contract, now_ns, effects)
         else:
             self.waiting[contract] = None
         self.replenish(now_ns, effects)
 
     def replenish(self, now_ns: int, effects: list[Effect]) -> None:
-        """Order the starts that are missing, within the bounds."""
+        """Order the starts that are missing, within the bounds: those that contracts wait for before spares."""
         if not self.has_host or now_ns < self._retry_ns:
             return
-        starting = self.starting_count
-        missing = self.spares_wanted + len(self.waiting) - starting - len(self.blank)
-        room = min(self.workers_max - len(self.by_id), STARTS_AT_ONCE_MAX - starting)
-        for _ in range(min(missing, room)):
+        missing = self._missing()
+        room = min(self.workers_max - len(self.by_id), STARTS_AT_ONCE_MAX - self.starting_count)
+        if missing and self.waiting and self.blank and len(self.by_id) >= self.workers_max:
+            self._make_room(now_ns, effects)
+        for confinement in missing[: max(room, 0)]:
             self._last_id += 1
-            worker = Worker(self._last_id, self._new_routing_id())
+            worker = Worker(self._last_id, self._new_routing_id(), confinement=confinement)
             worker.timer = self._wheel.set(now_ns + START_LIMIT_NS, worker)
             self.by_id[worker.id] = self.by_routing_id[worker.routing_id] = worker
             effects.append(StartWorker(worker))
+
+    def _make_room(self, now_ns: int, effects: list[Effect]) -> None:
+        """Let a spare go for a worker that is confined otherwise, unless another's place becomes free anyway."""
+        if not any(worker.state is DOOMED for worker in self.by_id.values()):
+            verdict = "its place is needed for one that is confined otherwise"
+            self.doom(self.blank[0], verdict, now_ns, effects)
+
+    def _missing(self) -> list[Confinement]:
+        """Return how the workers are to be confined that are waited for, or missing as spares, and not under way."""
+        coming = Counter(worker.confinement for worker in self.by_id.values() if worker.state in (STARTING, BLANK))
+        spares = [Confinement(level) for level in sorted(self.levels_in_use) for _ in range(self.spares_wanted)]
+        missing = []
+        for confinement in [*map(self._confinement_of, self.waiting), *spares]:
+            if coming[confinement]:
+                coming[confinement] -= 1
+            else:
+                missing.append(confinement)
+        return missing
+
+    def _confinement_of(self, contract: Contract) -> Confinement:
+        return contract.record.settings.confinement.at_least(self.floor)
+
+    def confined(self, worker: Worker, level: str, layers: tuple[Layer, ...]) -> None:
+        """A worker has told its level, which is what it was ordered as or the floor of its worker host.
+
+        That floor becomes known by this: a worker that was ordered at a lower level is of the floor's. What it says
+        once it may have run a contract counts no more.
+        """
+        if worker.state is not STARTING:
+            return
+        if not worker.confinement.has_grants:
+            self.posture[level] = layers
+        if worker.confinement.level == level:
+            return
+        self.floor = stricter(self.floor, level)
+        self.levels_in_use = {stricter(each, self.floor) for each in self.levels_in_use}
+        for each in self.by_id.values():
+            each.confinement = each.confinement.at_least(self.floor)
 
     def ready(self, worker: Worker, now_ns: int, effects: list[Effect]) -> None:
         """Take a worker that has connected into service."""
         self._stop_timer(worker)
         self._start_failures = 0
         worker.state = BLANK
-        contract = self._next_waiting()
+        self.blank.append(worker)
+        contract = self._next_waiting(worker.confinement)
         if contract is not None:
+            self.blank.remove(worker)
             self._assign(worker, contract, now_ns, effects)
-        else:
-            self.blank.append(worker)
+        elif worker.confinement.has_grants:
+            self.doom(worker, "nobody waits for its grants any more", now_ns, effects)
         self.replenish(now_ns, effects)
 
     def loaded(self, worker: Worker) -> None:
@@ -184,10 +233,10 @@ class Workforce:
         worker.timer = self._wheel.set(now_ns + LOAD_LIMIT_NS, worker)
         effects.append(LoadWorker(worker, contract.record))
 
-    def _next_waiting(self) -> Contract | None:
-        """Return the contract that has waited longest; those whose calls have expired need none any more."""
-        while self.waiting:
-            contract, _ = self.waiting.popitem(last=False)
+    def _next_waiting(self, confinement: Confinement) -> Contract | None:
+        """Return the contract that has waited longest for such a worker; those whose calls have expired need none."""
+        for contract in [each for each in self.waiting if self._confinement_of(each) == confinement]:
+            del self.waiting[contract]
             if contract.wants_worker:
                 return contract
         return None

@@ -12,7 +12,7 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 ORPHANS_MAX: Final = 256  # reaped at once
@@ -26,11 +26,20 @@ class Child:
         name: as messages call it.
         command: program and arguments.
         pass_fds: descriptors that it inherits.
+        environment: its own; None for ours.
     """
 
-    def __init__(self, name: str, command: Sequence[str], pass_fds: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        pass_fds: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=pass_fds, start_new_session=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, pass_fds=pass_fds, start_new_session=True, env=environment
+        )
         self.pid = self._process.pid
         self.pidfd = os.pidfd_open(self.pid)
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from luacell.cli import bench, contracts, dev, explain, health, new, stubs, validate
-from luacell.cli.options import Level, LogLevel, RunDir, Spares, StateDir, Tcp
+from luacell.cli.options import CModules, Floor, Level, LogLevel, RunDir, Sandbox, Spares, StateDir, Tcp
 from luacell.protocol.paths import STATE_DIRECTORY, default_run_directory, default_state_directory
 from luacell.protocol.release import __version__
+from luacell.protocol.startup import without_secrets
 
 app = typer.Typer(
     help="Lua host contracts, each in a process of its own.",
@@ -47,10 +49,13 @@ def serve(
     state_dir: StateDir = None,
     tcp: Tcp = None,
     spares: Spares = 1,
+    sandbox: Floor = Sandbox.DEFAULT,
+    c_module: CModules = None,
     log_level: Level = LogLevel.INFO,
 ) -> None:
     """Run a whole service in the foreground: broker, worker host and their parent."""
-    _become("luacell.cli.serve", _run_dir(run_dir), *_broker_options(run_dir, state_dir, tcp, spares, log_level))
+    own = [*_broker_options(run_dir, state_dir, tcp, spares, log_level), *_worker_options(sandbox, c_module)]
+    _become("luacell.cli.serve", _run_dir(run_dir), *own)
 
 
 @app.command()
@@ -66,9 +71,17 @@ def broker(
 
 
 @app.command("worker-host")
-def worker_host(run_dir: RunDir = None, log_level: Level = LogLevel.INFO) -> None:
-    """Run a worker host alone; it serves the broker of its run directory."""
-    _become("luacell.worker", _run_dir(run_dir), "--log-level", log_level)
+def worker_host(
+    run_dir: RunDir = None,
+    state_dir: StateDir = None,
+    sandbox: Floor = Sandbox.DEFAULT,
+    c_module: CModules = None,
+    log_level: Level = LogLevel.INFO,
+) -> None:
+    """Run a worker host alone; it serves the broker of its run directory, and grants nobody the state directory."""
+    own = [*_worker_options(sandbox, c_module), "--state-dir", str(_state_dir(run_dir, state_dir))]
+    environment = without_secrets(os.environ)
+    _become("luacell.worker", _run_dir(run_dir), "--log-level", log_level, *own, environment=environment)
 
 
 def _run_dir(given: Path | None) -> Path:
@@ -91,10 +104,18 @@ def _broker_options(
     return [*own, *(["--tcp", tcp] if tcp is not None else [])]
 
 
-def _become(module: str, run_dir: Path, *options: str) -> None:
+def _worker_options(sandbox: Sandbox, c_modules: list[str] | None) -> list[str]:
+    own = ["--sandbox", sandbox]
+    for path in c_modules or ():
+        own += ["--c-module", os.path.abspath(path)]
+    return own
+
+
+def _become(module: str, run_dir: Path, *options: str, environment: Mapping[str, str] | None = None) -> None:
     """Replace this process by one that has not imported what only the command line needs."""
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-P", "-m", module, "--run-dir", str(run_dir), *options])
+    command = [sys.executable, "-P", "-m", module, "--run-dir", str(run_dir), *options]
+    os.execve(sys.executable, command, os.environ if environment is None else environment)
 
 
 app.command()(contracts.deploy)

@@ -31,6 +31,14 @@ class LogLevel(StrEnum):
     CRITICAL = "critical"
 
 
+class Sandbox(StrEnum):
+    """Levels of the sandbox, each stricter than those before it."""
+
+    DEFAULT = "default"
+    HARDENED = "hardened"
+    UNTRUSTED = "untrusted"
+
+
 def contract_of(text: str) -> int | str:
     """Read a contract as the command line names it: `host.name@1`, or its id in hex.
 
@@ -112,3 +120,10 @@ Tcp = Annotated[
 ]
 Level = Annotated[LogLevel, typer.Option("--log-level", help="The least grave records that are told.")]
 Spares = Annotated[int, typer.Option("--spares", min=0, max=SPARES_MAX, help="Blank workers to keep warm.")]
+Floor = Annotated[
+    Sandbox, typer.Option("--sandbox", help="The level that every contract gets at least, whatever it asks for.")
+]
+CModules = Annotated[
+    list[str] | None,
+    typer.Option("--c-module", metavar="PATH", help="A C module that hardened contracts may require; repeatable."),
+]

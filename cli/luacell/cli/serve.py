@@ -27,8 +27,9 @@ from luacell.broker.signals import SignalPipe
 from luacell.cli.children import Child, become_subreaper, reap_orphans
 from luacell.cli.notify import Notifier
 from luacell.cli.restarts import INTENSITY, PERIOD_S, Restarts
+from luacell.protocol.confinement import DEFAULT, SANDBOX_LEVELS
 from luacell.protocol.logs import LEVELS, configure_logging
-from luacell.protocol.startup import put_right
+from luacell.protocol.startup import hide_memory, put_right, without_secrets
 
 DRAIN_LIMIT_S: Final = 25.0  # what the broker takes for calls in flight
 DRAIN_GRACE_S: Final = 3.0  # what it may take on top, to close
@@ -38,7 +39,7 @@ SECOND_SIGNAL_LIMIT_S: Final = 1.0
 ORPHANED_LIMIT_S: Final = 1.0  # for a worker host whose broker is gone
 BROKER_GONE_LOOK_S: Final = 0.1  # a worker host may end a moment before the broker whose death it saw
 EXIT_FAILED: Final = 1
-REFUSALS: Final = (2, 78)  # usage and configuration; the broker's, and then that of serve: a retry would not help
+REFUSALS: Final = (2, 78)  # usage and configuration; a child's, and then that of serve: a retry would not help
 
 BROKER: Final = "broker"
 WORKER_HOST: Final = "worker host"
@@ -152,7 +153,7 @@ class Parent:
             finally:
                 os.close(report)
         else:
-            child = Child(name, [*self._command("luacell.worker")])
+            child = Child(name, self._worker_host_command(), environment=without_secrets(os.environ))
             if self._was_ready and BROKER in self._children and BROKER not in self._kills:
                 self._notifier.status(self._status)
         self._expected.discard(name)
@@ -173,6 +174,14 @@ class Parent:
         own += ["--state-dir", str(options.state_dir)] if options.state_dir else []
         own += ["--tcp", options.tcp] if options.tcp is not None else []
         return [*self._command("luacell.broker"), *own, *(["--ephemeral"] if options.ephemeral else [])]
+
+    def _worker_host_command(self) -> list[str]:
+        options = self._options
+        own = ["--sandbox", options.sandbox]
+        own += ["--state-dir", str(options.state_dir)] if options.state_dir else []
+        for path in options.c_module:
+            own += ["--c-module", path]
+        return [*self._command("luacell.worker"), *own]
 
     def _on_ready(self) -> None:
         is_ready = bool(os.read(self._ready, 1))
@@ -215,8 +224,8 @@ class Parent:
             self._orphan_worker_host(now_s)
         if self._exit_code is not None:
             return
-        if name == BROKER and code in REFUSALS:
-            log.error("the broker refused to start, for the reason that it gave; stopping")
+        if code in REFUSALS:
+            log.error(f"the {name} refused to start, for the reason that it gave; stopping")
             self._end(code)
         elif name in self._expected:
             self._starts[name] = now_s
@@ -305,6 +314,7 @@ class Parent:
 def main(arguments: list[str] | None = None) -> int:
     """Serve, in the foreground or as the embedded default; return the exit code."""
     put_right()
+    hide_memory()
     options = _parse(arguments)
     configure_logging(options.log_level)
     return Parent(options).run()
@@ -317,6 +327,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--spares", type=int, default=1)
     parser.add_argument("--log-level", choices=LEVELS, default="info")
     parser.add_argument("--tcp", help="tcp://HOST:PORT on loopback for hosts without shared memory")
+    parser.add_argument("--sandbox", choices=SANDBOX_LEVELS, default=DEFAULT, help="what every contract gets at least")
+    parser.add_argument("--c-module", action="append", default=[], help="a C module for hardened contracts")
     parser.add_argument("--host", type=int, help="pid of the host to end with")
     parser.add_argument("--ready-fd", type=int, help="descriptor to write a byte to when serving")
     parser.add_argument("--ephemeral", action="store_true", help="remove the run directory at the end")

@@ -16,6 +16,7 @@ from typing import Any, Final
 from luacell.client.function import LuaFunction
 from luacell.protocol.api import Api, ApiError, contracts_named, find_contract, parse
 from luacell.protocol.api.positions import Positions
+from luacell.protocol.confinement import DEFAULT, GRANTS_TEXT_MAX, SANDBOX_LEVELS
 from luacell.protocol.errors import LuacellError
 from luacell.protocol.identity import ContractRef
 from luacell.protocol.limits import (
@@ -30,7 +31,7 @@ from luacell.protocol.limits import (
     SOURCE_MAX,
     WORKERS_PER_CONTRACT_MAX,
 )
-from luacell.protocol.messages import API_MODULE, REQUIRES_MODULE, SANDBOX_LEVELS, UNIT_MODULE, UNIT_NAME_MAX, Settings
+from luacell.protocol.messages import API_MODULE, REQUIRES_MODULE, UNIT_MODULE, UNIT_NAME_MAX, Settings
 
 MANIFEST: Final = "luacell.toml"
 MODULES_MAX: Final = 1000
@@ -45,6 +46,9 @@ _CONTRACT_KEYS: Final = (
     "run_limit",
     "memory",
     "sandbox",
+    "read",
+    "write",
+    "network",
     "stateless",
     "idempotent",
 )
@@ -193,6 +197,16 @@ class _Table:
             raise self.error(key, "a text") if key in self._values else lacks
         return value
 
+    def paths(self, key: str) -> str:
+        """Return the absolute paths of a list, one a line."""
+        value = self._values.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(each, str) and _is_path(each) for each in value):
+            raise self.error(key, 'a list of absolute paths such as ["/srv/data"]')
+        text = "\n".join(value)
+        if len(text) > GRANTS_TEXT_MAX:
+            raise self.error(key, f"a list of paths with at most {GRANTS_TEXT_MAX} characters together")
+        return text
+
     def duration_us(self, key: str, default: int) -> int:
         if key not in self._values:
             return default
@@ -279,9 +293,13 @@ def _read_unit(directory: Path, manifest: _Manifest, name: str, values: object, 
     ref = _read_ref(manifest, name, api)
     table = _Table(manifest, name, values)
     deadline_us = table.duration_us("deadline", DEADLINE_DEFAULT_US)
-    sandbox = table.text("sandbox", "default")
+    sandbox = table.text("sandbox", DEFAULT)
     if sandbox not in SANDBOX_LEVELS:
         raise table.error("sandbox", f"one of {', '.join(SANDBOX_LEVELS)}")
+    read, write, network = table.paths("read"), table.paths("write"), table.boolean("network")
+    granted = next((key for key, value in (("read", read), ("write", write), ("network", network)) if value), None)
+    if granted is not None and sandbox != DEFAULT:
+        raise table.error(granted, f"to be had at sandbox = {sandbox!r}; only {DEFAULT!r} has grants")
     workers, stateless = table.integer("workers", 1, 1, WORKERS_PER_CONTRACT_MAX), table.boolean("stateless")
     if workers > 1:
         _check_workers(table, ref, stateless, api)
@@ -293,6 +311,9 @@ def _read_unit(directory: Path, manifest: _Manifest, name: str, values: object, 
         stateless=stateless,
         idempotent=table.boolean("idempotent"),
         sandbox=sandbox,
+        read=read,
+        write=write,
+        network=network,
     )
     return Unit(ref, _read_source(directory, table), settings)
 
@@ -333,6 +354,10 @@ def _read_modules(directory: Path) -> dict[str, bytes]:
         if len(modules) > MODULES_MAX:
             raise DeploymentError(f"{directory} holds more than {MODULES_MAX} modules; {path} is one too many")
     return modules
+
+
+def _is_path(path: str) -> bool:
+    return path.startswith("/") and _is_text(path) and not {"\n", "\0"} & set(path)
 
 
 def _is_text(name: str) -> bool:

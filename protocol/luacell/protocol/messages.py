@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
+from luacell.protocol.confinement import DEFAULT, GRANTS_TEXT_MAX, POSTURE_MAX, SANDBOX_LEVELS, Confinement
 from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.fields import (
     U32_MAX,
@@ -51,7 +52,6 @@ from luacell.protocol.limits import (
 ROUTING_ID_SIZE: Final = 16
 HOST: Final = "host"
 INLINE: Final = "inline"
-SANDBOX_LEVELS: Final = ("default", "hardened", "untrusted")
 REASON_MAX: Final = 2 * ERROR_TEXT_MAX  # characters: an error text within a sentence of our own
 IN_INSTANCE: Final = 0x8000_0000  # of a typed call's function id: its arguments begin with the number of an instance
 SEAT_SHIFT: Final = 16  # with IN_INSTANCE: these bits name the seat that the instance has (docs/protocol.md, 13)
@@ -66,7 +66,6 @@ API_MODULE: Final = ":api.toml"  # among a registration's modules: the descripti
 UNIT_MODULE: Final = ":unit"  # likewise: the name of the deployment that a contract belongs to
 REQUIRES_MODULE: Final = ":requires"  # likewise: what that deployment requires, one `host.name@1.2` a line
 UNIT_NAME_MAX: Final = 128  # characters
-POSTURE_MAX: Final = 400  # characters
 ID_MAX: Final = U64_MAX
 
 __all__ = ["Message", "decode", "encode", "size_of"]
@@ -122,7 +121,15 @@ class Settings:
     workers: int = 1
     stateless: bool = False
     idempotent: bool = False
-    sandbox: str = "default"
+    sandbox: str = DEFAULT
+    read: str = ""
+    write: str = ""
+    network: bool = False
+
+    @property
+    def confinement(self) -> Confinement:
+        """How a worker of the contract is confined, as far as the contract has a say."""
+        return Confinement(self.sandbox, self.read, self.write, self.network)
 
     def as_fields(self) -> dict[str, Any]:
         """Return the settings as fields of a message."""
@@ -169,6 +176,9 @@ class Register:
     idempotent: bool = boolean()
     sandbox: str = text(16)
     hold: bool = boolean(False)
+    read: str = text(GRANTS_TEXT_MAX, "")
+    write: str = text(GRANTS_TEXT_MAX, "")
+    network: bool = boolean(False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +353,11 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The broker gives a blank worker its contract."""
+    """The broker gives a blank worker its contract.
+
+    Attributes:
+        sandbox, read, write, network: how it is to be confined at least; a worker that is not refuses it.
+    """
 
     OP: ClassVar[Op] = Op.LOAD
     contract: bytes = contract_id()
@@ -352,6 +366,10 @@ class Load:
     chunk_name: str = text(512)
     modules: Mapping[str, bytes] = text_map(SOURCE_MAX)
     memory: int = integer(MEMORY_MIN, MEMORY_MAX)
+    sandbox: str = choice(SANDBOX_LEVELS, DEFAULT)
+    read: str = text(GRANTS_TEXT_MAX, "")
+    write: str = text(GRANTS_TEXT_MAX, "")
+    network: bool = boolean(False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,12 +399,15 @@ class Ready:
 
     Attributes:
         pid: in its own pid namespace.
-        posture: the layers of protection that it has put in force, separated by ", ".
+        posture: its layers of protection, one a line: "+" where it is in force, else "-", its name, a tab, and what it
+            does or why it is not.
+        sandbox: the level that it has; at least the one that START asked for.
     """
 
     OP: ClassVar[Op] = Op.READY
     pid: int = integer()
     posture: str = text(POSTURE_MAX, "")
+    sandbox: str = choice(SANDBOX_LEVELS, DEFAULT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,11 +431,18 @@ class Start:
     Attributes:
         worker: number chosen by the broker, never reused in its life.
         routing_id: the worker's identity on the ROUTER.
+        sandbox: its level; where the worker host has a stricter floor, that one.
+        read, write: absolute paths that it is granted, one a line.
+        network: whether it may use the network.
     """
 
     OP: ClassVar[Op] = Op.START
     worker: int = integer(1, U64_MAX)
     routing_id: bytes = blob(ROUTING_ID_SIZE, ROUTING_ID_SIZE)
+    sandbox: str = choice(SANDBOX_LEVELS, DEFAULT)
+    read: str = text(GRANTS_TEXT_MAX, "")
+    write: str = text(GRANTS_TEXT_MAX, "")
+    network: bool = boolean(False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,16 @@ a SIGTERM that never comes.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+from collections.abc import Mapping
+from typing import Final
+
+_PR_SET_DUMPABLE: Final = 4
+# Of the environment that a worker host is started with: what Python, the linker and a tool that measures coverage read,
+# time zone and language.
+_PASSED_ON: Final = ("PYTHON", "LD_", "COVERAGE_", "LC_", "LANG", "TZ")
 
 
 def put_right() -> None:
@@ -21,3 +29,20 @@ def put_right() -> None:
             os.set_inheritable(descriptor, True)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what a worker host needs of an environment; all of it lies in the memory of its workers."""
+    return {name: value for name, value in environment.items() if name.startswith(_PASSED_ON)}
+
+
+def hide_memory() -> None:
+    """Let no other process of this user look into this one, by ptrace or /proc, and no core file show what it held.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

@@ -18,11 +18,13 @@ import socket
 import sys
 import termios
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
 from luacell.protocol import headers, messages
+from luacell.protocol.confinement import DEFAULT, Confinement
 from luacell.protocol.errors import ProtocolError
 from luacell.protocol.headers import Op
 from luacell.protocol.limits import KIB, NS_PER_S
@@ -37,6 +39,7 @@ from luacell.protocol.messages import decode, encode
 from luacell.protocol.paths import BROKER_SOCKET, DESCRIPTOR_SOCKET
 from luacell.worker.output import Outputs
 from luacell.worker.process import run_worker, unbuffer_stdio
+from luacell.worker.sandbox.levels import Preparation
 
 log = logging.getLogger("luacell.worker-host")
 
@@ -65,13 +68,28 @@ class WorkerHost:
         run_dir: of the broker.
         connect_limit_s: seconds to wait for the broker to listen.
         end: a descriptor with a byte for each signal that asks this host to end; stays the caller's.
+        floor: the least strict level of the sandbox that a worker gets, whatever it is ordered as.
+        forbidden: directories that no contract may be granted; the run directory is one in any case.
+        c_modules: paths of C modules that are loaded already, for contracts that can load none.
 
     Raises:
         InterruptedError: it is to end before it has found a broker.
         OSError: there is no broker within the limit.
     """
 
-    def __init__(self, run_dir: Path, connect_limit_s: float, end: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        connect_limit_s: float,
+        end: int,
+        floor: str = DEFAULT,
+        forbidden: Sequence[Path] = (),
+        c_modules: Sequence[str] = (),
+    ) -> None:
+        self._floor = floor
+        self._forbidden = tuple(map(str, (run_dir, *forbidden)))
+        self._c_modules = c_modules
+        self._prepared: dict[Confinement, Preparation] = {}  # those without grants, of which there are few
         self._broker_socket = run_dir / BROKER_SOCKET
         self._channel = _connect(run_dir / DESCRIPTOR_SOCKET, connect_limit_s, end)
         self._children: dict[int, Child] = {}
@@ -133,6 +151,8 @@ class WorkerHost:
             with contextlib.suppress(ChildProcessError):  # reaped in the moment the signal came
                 os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED)
             self._forget(child)
+        for preparation in self._prepared.values():
+            preparation.close()
         self._outputs.close()
         self._channel.close()
 
@@ -180,13 +200,31 @@ class WorkerHost:
             log.error(problem)
             self._tell(messages.Exited(worker=start.worker, problem=problem))
 
+    def _prepare(self, wanted: Confinement) -> contextlib.AbstractContextManager[Preparation]:
+        """Return what a worker's sandbox needs; it is kept where others will need the same."""
+        confinement = wanted.at_least(self._floor)
+        if confinement.has_grants:
+            return Preparation(confinement, self._forbidden)
+        if confinement not in self._prepared:
+            self._prepared[confinement] = Preparation(confinement, self._forbidden)
+        return contextlib.nullcontext(self._prepared[confinement])
+
     def _fork(self, start: messages.Start) -> None:
+        wanted = Confinement(start.sandbox, start.read, start.write, start.network)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours, theirs, _Pipes() as pipes:
+        with ours, theirs, _Pipes() as pipes, self._prepare(wanted) as preparation:
             parent = os.getpid()
             pid = os.fork()
             if pid == 0:
-                run_worker(parent, self._broker_socket, start.routing_id, theirs, pipes.write_ends)
+                run_worker(
+                    parent,
+                    self._broker_socket,
+                    start.routing_id,
+                    theirs,
+                    pipes.write_ends,
+                    preparation,
+                    self._c_modules,
+                )
             child = Child(start.worker, pid, _pidfd_of_child(pid))
             self._children[child.pidfd] = self._by_worker[child.worker] = child
             try:

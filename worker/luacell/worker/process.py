@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -18,6 +19,7 @@ import zmq
 
 from luacell.protocol import headers, messages
 from luacell.protocol.api import ApiError, find_contract, parse
+from luacell.protocol.confinement import UNTRUSTED, Confinement, stricter, written
 from luacell.protocol.errors import AbiErrorCode, ProtocolError
 from luacell.protocol.headers import Op
 from luacell.protocol.limits import CALLS_PER_MESSAGE_MAX, LOAD_LIMIT_NS, MESSAGE_MAX, NS_PER_S
@@ -25,11 +27,11 @@ from luacell.protocol.memory.channel import ChannelClosed, close_all, receive_me
 from luacell.protocol.memory.segments import Mapping
 from luacell.protocol.messages import API_MODULE, decode, encode, id_of
 from luacell.protocol.slots import DONE_OFFSET, PAYLOAD_OFFSET, SLOT_SHIFT, read_answer
-from luacell.worker import sandbox
 from luacell.worker.binding import binding_source
+from luacell.worker.sandbox.attributes import SandboxUnavailable, die_with_parent
+from luacell.worker.sandbox.levels import Preparation, Sandbox
 from luacell.worker.vm import OutOfLuaMemory, Vm
 
-STACK_SIZE: Final = 64 << 20  # bytes; recursion through C (gsub callbacks) overruns the usual 8 MiB
 CONNECT_LIMIT_MS: Final = 5000
 MAP_LIMIT_S: Final = 5.0  # a pair named by a call is on its way already
 IDLE_BEFORE_DISARM_MS: Final = 500
@@ -56,6 +58,8 @@ def _libzmq_path() -> str:
 
 
 LIBZMQ: Final = _libzmq_path()
+# The linker then knows it by this very path, and opens nothing when a worker asks for it, to which the file is closed.
+ctypes.CDLL(LIBZMQ)
 
 
 class _Progress(ctypes.Structure):
@@ -71,9 +75,15 @@ class WorkerProcess:
         broker_socket: path of the ROUTER.
         routing_id: the identity the broker gave us.
         channel: our end of the socketpair.
+        sandbox: what has begun to confine this process.
+        c_modules: paths of C modules that are loaded already, for contracts that cannot load any.
     """
 
-    def __init__(self, broker_socket: Path, routing_id: bytes, channel: socket.socket) -> None:
+    def __init__(
+        self, broker_socket: Path, routing_id: bytes, channel: socket.socket, sandbox: Sandbox, c_modules: Sequence[str]
+    ) -> None:
+        self._sandbox = sandbox
+        self._c_modules = c_modules
         self._channel = channel
         self._channel.settimeout(MAP_LIMIT_S)
         self._pairs: dict[tuple[int, int], tuple[Mapping, Mapping, int]] = {}  # args, out, stride of out
@@ -85,6 +95,7 @@ class WorkerProcess:
         self._vm = Vm(ctypes.addressof(self._records), answers_address)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._connect(broker_socket, routing_id)
+        self._loop = self._make_loop()  # now: the library that it names could not be opened later
 
     def _connect(self, broker_socket: Path, routing_id: bytes) -> zmq.Socket[bytes]:
         dealer = self._context.socket(zmq.DEALER)
@@ -100,8 +111,10 @@ class WorkerProcess:
 
     def run(self) -> NoReturn:
         """Serve until killed."""
-        loop = self._make_loop()
-        self._socket.send(encode(messages.Ready(pid=os.getpid(), posture=", ".join(sandbox.DEFAULT_LAYERS))))
+        loop = self._loop
+        sandbox = self._sandbox
+        ready = messages.Ready(pid=os.getpid(), posture=written(sandbox.layers), sandbox=sandbox.confinement.level)
+        self._socket.send(encode(ready))
         while True:
             try:
                 found = loop.serve()
@@ -162,13 +175,36 @@ class WorkerProcess:
     def _load(self, load: messages.Load) -> None:
         self._vm.arm_for(LOAD_LIMIT_NS // NS_PER_S)
         try:
-            binding = _binding_of(load)
-            problem, reason = self._vm.load(load.source, load.chunk_name, load.modules, load.memory, binding)
+            problem, reason = "load", self._objection_to(load)
+            if not reason:
+                problem, reason = self._vm.load(
+                    load.source,
+                    load.chunk_name,
+                    load.modules,
+                    load.memory,
+                    _binding_of(load),
+                    sandbox=self._sandbox.confinement.level,
+                    c_modules=self._c_modules,
+                )
         except ApiError as error:
             problem, reason = "load", str(error)
         self._socket.send(encode(messages.Loaded(problem=problem, reason=reason[: messages.REASON_MAX])))
         if problem:
             _await_death()
+
+    def _objection_to(self, load: messages.Load) -> str:
+        """Tell why a contract must not run here, or ""; whoever gave it to this worker has not the last word."""
+        mine = self._sandbox.confinement
+        wanted = Confinement(load.sandbox, load.read, load.write, load.network)
+        if self._sandbox.objection:
+            return self._sandbox.objection
+        if wanted.at_least(mine.level).objection():
+            return f"{wanted.at_least(mine.level).objection()} (the service's floor is {mine.level!r})"
+        if stricter(mine.level, wanted.level) != mine.level or wanted[1:] != mine[1:]:
+            return f"it is to be confined as {wanted}, its worker is as {mine}"
+        if mine.level == UNTRUSTED and API_MODULE not in load.modules:
+            return f"sandbox level {UNTRUSTED!r} is for typed contracts only: raw ones need FFI; give it an api.toml"
+        return ""
 
     def _receive_map(self) -> None:
         message, descriptors = receive_message(self._channel)
@@ -229,7 +265,13 @@ def unbuffer_stdio() -> None:
 
 
 def run_worker(
-    parent_pid: int, broker_socket: Path, routing_id: bytes, channel: socket.socket, output: tuple[int, int]
+    parent_pid: int,
+    broker_socket: Path,
+    routing_id: bytes,
+    channel: socket.socket,
+    output: tuple[int, int],
+    preparation: Preparation,
+    c_modules: Sequence[str] = (),
 ) -> NoReturn:
     """Be a worker, right after the fork; never returns.
 
@@ -239,33 +281,39 @@ def run_worker(
         routing_id: the identity the broker gave us.
         channel: our end of the socketpair.
         output: pipes to become stdout and stderr.
+        preparation: of its sandbox; stays the worker host's.
+        c_modules: paths of C modules that the worker host has loaded.
     """
     try:
-        sandbox.die_with_parent(parent_pid)
+        die_with_parent(parent_pid)
         for descriptor, pipe in zip((1, 2), output, strict=True):
             os.dup2(pipe, descriptor)
-        _become_quiet(channel.fileno())
-        sandbox.hide_memory()
-        sandbox.forget_environment()
-        sandbox.set_limits(STACK_SIZE)
-        process = WorkerProcess(broker_socket, routing_id, channel)
-        sandbox.confine()
+        ruleset = preparation.ruleset
+        _become_quiet(channel.fileno(), *(() if ruleset is None else (ruleset.descriptor,)))
+        sandbox = Sandbox(preparation)
+        sandbox.begin()
+        preparation.close()
+        process = WorkerProcess(broker_socket, routing_id, channel, sandbox, c_modules)
+        sandbox.finish()
         process.run()
-    except (ChannelClosed, ProtocolError, OSError, zmq.ZMQError, sandbox.SandboxUnavailable) as error:
+    except (ChannelClosed, ProtocolError, OSError, ValueError, zmq.ZMQError, SandboxUnavailable) as error:
         os.write(2, f"luacell worker {os.getpid()}: {type(error).__name__}: {error}\n".encode())
     finally:
         os._exit(EXIT_BROKEN)
 
 
-def _become_quiet(channel_fd: int) -> None:
-    """Drop what was inherited: signal handlers, descriptors, the working directory."""
+def _become_quiet(*kept: int) -> None:
+    """Drop what was inherited: signal handlers, descriptors but for those to be kept, the working directory."""
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    os.closerange(3, channel_fd)
-    os.closerange(channel_fd + 1, min(limit, 1 << 20))
+    first = 3
+    for descriptor in sorted(kept):
+        os.closerange(first, descriptor)
+        first = descriptor + 1
+    os.closerange(first, min(limit, 1 << 20))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(DESCRIPTORS_MAX, hard), hard))
     os.chdir("/")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any, Final
+
+from luacell.protocol.confinement import DEFAULT, UNTRUSTED
 
 # C modules of the system (lua-cjson, lpeg) resolve LuaJIT's symbols from the process: they must be global.
 sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
@@ -18,7 +20,7 @@ from lupa import luajit21 as lupa  # noqa: E402
 
 _PRELUDE: Final = {
     name: files("luacell.worker").joinpath("lua", name).read_bytes()
-    for name in ("execute.lua", "load.lua", "serve.lua", "typed.lua")
+    for name in ("execute.lua", "load.lua", "serve.lua", "typed.lua", "untrusted.lua")
 }
 _ENCODING: Final = "latin-1"  # every byte string survives the way through lupa
 
@@ -55,7 +57,15 @@ class Vm:
         return self._chunk("serve.lua", self._runtime, *arguments)
 
     def load(
-        self, source: bytes, chunk_name: str, modules: Mapping[str, bytes], memory: int, binding: str | None = None
+        self,
+        source: bytes,
+        chunk_name: str,
+        modules: Mapping[str, bytes],
+        memory: int,
+        binding: str | None = None,
+        *,
+        sandbox: str = DEFAULT,
+        c_modules: Sequence[str] = (),
     ) -> tuple[str, str]:
         """Load the contract.
 
@@ -65,16 +75,21 @@ class Vm:
             modules: by `require` name.
             memory: bytes the Lua heap may use from now on.
             binding: of a typed contract, as `binding_source` makes it; None for a raw one.
+            sandbox: the level: with `default`, `require` looks into the system's directories; with the others it knows
+                the contract's own modules only, with `hardened` C modules too; with `untrusted` there is no FFI.
+            c_modules: paths of those C modules, which are loaded.
 
         Returns:
             "" when it is ready, else "type" or "load"; and the reason.
         """
         sources = self._lua.table_from({name.encode(): module for name, module in modules.items()})
+        own_only = None if sandbox == DEFAULT else self._lua.table_from(map(str.encode, c_modules))
+        strip = self._chunk("untrusted.lua", self._runtime) if sandbox == UNTRUSTED else None
         typed = None if binding is None else self._chunk("typed.lua", self._runtime)
         self._lua.set_max_memory(memory)
         try:
-            bound = () if binding is None else (typed, binding.encode())
-            problem, reason = self._load(source, chunk_name.encode(), sources, *bound)
+            text = None if binding is None else binding.encode()
+            problem, reason = self._load(source, chunk_name.encode(), sources, typed, text, own_only, strip)
         except OutOfLuaMemory:
             return "load", f"it used more than its {memory} bytes of memory while loading"
         except LuaFailure as error:

@@ -7,8 +7,8 @@ local runtime = ...
 
 local load, type, xpcall, error, table_insert = load, type, xpcall, error, table.insert
 local described, cut = runtime.described, runtime.cut
-local traceback, gsub = debug.traceback, string.gsub
-local package = package
+local traceback, gsub, sub = debug.traceback, string.gsub, string.sub
+local package, loadlib, ipairs = package, package.loadlib, ipairs
 
 local REASON_MAX = 3072 -- bytes
 
@@ -23,15 +23,42 @@ package.loaded.python = nil
 luacell = runtime.api
 package.loaded.luacell = luacell
 
--- Let `require` find the directory's own modules before any of the system's.
-local function offer_modules(sources)
-  table_insert(package.loaders, 2, function(name)
+-- How `require` finds the directory's own modules.
+local function finder(sources)
+  return function(name)
     local source = sources[name] or sources[name .. ".init"]
     if source == nil then return "\n\tno module '" .. name .. "' in the contract's directory" end
     local chunk, problem = load(source, "@" .. gsub(name, "%.", "/") .. ".lua", "t")
     if not chunk then error(problem, 0) end
     return chunk
-  end)
+  end
+end
+
+-- How it finds the operator's C modules where no file can be opened: the worker host has loaded them, and the very
+-- same path leads to them.
+local function c_finder(paths)
+  return function(name)
+    local wanted = "/" .. gsub(name, "%.", "/") .. ".so"
+    for _, path in ipairs(paths) do
+      if sub(path, -#wanted) == wanted then
+        local opener, problem = loadlib(path, "luaopen_" .. gsub(name, "%.", "_"))
+        if not opener then error(problem, 0) end
+        return opener
+      end
+    end
+    return "\n\tno C module '" .. name .. "' among those of the worker host (--c-module)"
+  end
+end
+
+-- Let `require` find the directory's own modules before any of the system's; or, given the paths of C modules, nothing
+-- of the system's but these.
+local function offer_modules(sources, c_paths)
+  if c_paths then
+    package.path, package.cpath = "", ""
+    for index = #package.loaders, 2, -1 do package.loaders[index] = nil end
+    package.loaders[2] = c_finder(c_paths)
+  end
+  table_insert(package.loaders, 2, finder(sources))
 end
 
 -- `function … end` is an expression, `return function … end` a statement: the first form is tried first. When neither
@@ -62,15 +89,17 @@ end
 
 -- Returns problem ("", "type" or "load") and reason, which for "type" is the type that the chunk gave, behind "table"
 -- where that is wanted. `typed` and `binding` are given for typed contracts; the enums of
--- their description are `luacell.enums`.
-local function load_contract(source, chunk_name, sources, typed, binding)
-  offer_modules(sources)
+-- their description are `luacell.enums`. `c_paths` are given for contracts that can open no file, and `strip`, which
+-- takes from Lua what leads out of it, for untrusted ones: once everything of ours has what it needs.
+local function load_contract(source, chunk_name, sources, typed, binding, c_paths, strip)
+  offer_modules(sources, c_paths)
   local binder
   if binding then
     local chunk, problem = load(binding, "=binding", "t")
     if not chunk then return "load", problem end
     runtime.api.enums, binder = chunk(typed)
   end
+  if strip then strip(finder(sources)) end
   local chunk, problem = compiled(source, chunk_name)
   if not chunk then return "load", cut(described(problem), REASON_MAX) end
   local fine, value = xpcall(chunk, handler)
