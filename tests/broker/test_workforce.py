@@ -8,6 +8,7 @@ from luacell.broker.model import (
     LEAVING,
     LOADING,
     STARTING,
+    Effect,
     KillWorker,
     LoadWorker,
     Record,
@@ -16,8 +17,9 @@ from luacell.broker.model import (
     StartWorker,
 )
 from luacell.broker.workforce import BACKOFF_MAX_NS, STARTS_AT_ONCE_MAX, backoff_ns
+from luacell.protocol.confinement import UNGRANTED, Confinement, Layer
 from luacell.protocol.limits import NS_PER_MS, WORKERS_MAX
-from tests.broker.bench import CONTRACT, KILLED, SEGFAULT, Bench, of_kind
+from tests.broker.bench import CONTRACT, HOST, KILLED, SEGFAULT, Bench, of_kind
 
 NOT_STARTED = Cause(problem="a worker could not be started: Cannot allocate memory")
 
@@ -362,3 +364,89 @@ def test_a_death_record_has_the_last_words() -> None:
     worker = bench.serve()
     bench.die(worker, Cause(signal=6, last_words="PANIC"))
     assert bench.only(Record).fields["stderr"] == "PANIC"
+
+
+# -- levels of the sandbox ----------------------------------------------------------------------------------------
+HARDENED, GRANTED = Confinement("hardened"), Confinement(read="/srv")
+
+
+def kinds(bench: Bench) -> list[Confinement]:
+    """Return how the workers are confined that are there, oldest first."""
+    return [worker.confinement for worker in bench.workforce.by_id.values()]
+
+
+def test_contract_gets_a_worker_of_its_level_and_that_level_a_spare() -> None:
+    bench = Bench()
+    spare = bench.ready()
+    bench.register(sandbox="hardened")
+    assert not bench.has(LoadWorker), "the blank one is of another level"
+    assert kinds(bench) == [UNGRANTED, HARDENED, HARDENED]
+    worker = bench.load_next()
+    assert worker.confinement == HARDENED
+    assert list(bench.workforce.blank) == [spare]
+    bench.ready()
+    bench.register(2, sandbox="hardened")
+    assert bench.only(LoadWorker).worker.confinement == HARDENED, "there was a spare"
+    assert kinds(bench) == [UNGRANTED, *[HARDENED] * 3]
+
+
+def test_worker_with_grants_is_started_for_its_contract_and_kept_for_nobody_else() -> None:
+    bench = Bench()
+    bench.ready()
+    bench.register(read="/srv")
+    assert kinds(bench) == [UNGRANTED, GRANTED]
+    worker = bench.load_next()
+    assert (worker.confinement, worker.contract is not None) == (GRANTED, True)
+    assert kinds(bench) == [UNGRANTED, GRANTED], "no spare has grants"
+
+
+def test_worker_with_grants_that_nobody_waits_for_goes() -> None:
+    bench = Bench(spares=0)
+    bench.register(read="/srv", private=True)
+    worker = bench.worker()
+    bench.dispatcher.host_left(HOST, bench.now_ns)
+    bench.ready(worker)
+    assert bench.only(KillWorker).worker is worker
+    assert not bench.workforce.blank
+
+
+def test_floor_of_the_worker_host_is_learnt_from_its_first_worker() -> None:
+    bench = Bench(spares=2)
+    layers = (Layer("seccomp", True, "no fork"),)
+    first = bench.worker(0)
+    bench.workforce.confined(first, "hardened", layers)
+    bench.ready(first)
+    assert bench.workforce.floor == "hardened"
+    assert bench.workforce.posture == {"hardened": layers}
+    assert kinds(bench) == [HARDENED, HARDENED], "and none is started besides"
+    bench.register()
+    assert bench.only(LoadWorker).worker is first
+
+
+def test_what_a_worker_tells_when_it_may_have_run_a_contract_is_not_believed() -> None:
+    bench = Bench()
+    worker = bench.serve()
+    bench.workforce.confined(worker, "untrusted", ())
+    assert bench.workforce.floor == "default"
+    assert worker.confinement == UNGRANTED
+
+
+def test_posture_is_that_of_workers_without_grants() -> None:
+    bench = Bench(spares=0)
+    bench.register(read="/srv")
+    bench.workforce.confined(bench.worker(), "default", (Layer("landlock", True, "/srv to read"),))
+    assert bench.workforce.posture == {}
+
+
+def test_spare_makes_room_for_a_worker_that_is_confined_otherwise() -> None:
+    bench = Bench(spares=2)
+    spare = bench.ready()
+    bench.ready()
+    bench.workforce.workers_max = 2
+    bench.register(sandbox="hardened")
+    assert bench.only(KillWorker).worker is spare
+    effects: list[Effect] = []
+    bench.workforce.replenish(bench.now_ns, effects)
+    assert effects == [], "one place becomes free already"
+    bench.die(spare, SEGFAULT)
+    assert bench.only(StartWorker).worker.confinement == HARDENED

@@ -128,12 +128,12 @@ def test_state_of_a_vm_is_not_kept(run: Path) -> None:
         assert number_of(bridge, PROBE) == 1
 
 
-def test_contract_that_no_longer_loads_fails_its_calls_and_can_be_replaced(run: Path, home: Path) -> None:
-    needed = home / "needed.txt"
+def test_contract_that_no_longer_loads_fails_its_calls_and_can_be_replaced(run: Path, tmp_path: Path) -> None:
+    needed = tmp_path / "needed.txt"
     needed.touch()
     source = f'assert(io.open("{needed}")) {DOUBLE}'
     with Serving(run), LuaHostBridge.connect(run) as bridge:
-        deploy(bridge, source, read=[str(home)])
+        deploy(bridge, source, read=[str(tmp_path)])
         bridge.register_host_contract(HEALTHY, LuaFunction(DOUBLE))
     needed.unlink()
     with Serving(run), LuaHostBridge.connect(run) as bridge:

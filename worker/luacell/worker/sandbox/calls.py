@@ -9,12 +9,13 @@ Source: syscalls(2), and for the numbers asm/unistd_64.h, against which a test h
 from __future__ import annotations
 
 import fcntl
-import socket
 from collections.abc import Mapping
 from typing import Final
 
 from luacell.worker.sandbox.bpf import ALLOW, OWN_PID, PRETENDED, REFUSED, UNKNOWN, Condition, Rule, Template
 
+_AF_INET: Final = 2
+_AF_INET6: Final = 10
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
 _PR_SET_NAME: Final = 15
@@ -232,7 +233,7 @@ _NEW_OWNER: Final = Condition(1, (fcntl.F_SETOWN, _F_SETOWN_EX))
 _NEW_OWNER_OR_TYPING: Final = Condition(1, (_FIOSETOWN, _SIOCSPGRP, _TIOCSTI, _TIOCLINUX))
 _TO_ITSELF: Final = Condition(0, (OWN_PID,))
 _OF_ITSELF: Final = Condition(0, (0, OWN_PID))  # 0 means the caller
-_INTERNET: Final = Condition(0, (socket.AF_INET, socket.AF_INET6))
+_INTERNET: Final = Condition(0, (_AF_INET, _AF_INET6))
 # A worker that took back die_with_parent would outlive it; one that is dumpable, others could look into.
 _TAKING_BACK: Final = Condition(0, (_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_PTRACER))
 _FLAGS: Final = Condition(1, (fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL, _F_GET_SEALS))
