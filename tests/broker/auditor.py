@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from luacell.broker import model
+from luacell.broker import carrying, model
 from luacell.broker.books import Pair
 from luacell.broker.causes import SIGALRM, Cause
 from luacell.broker.dispatcher import Dispatcher
@@ -101,6 +101,7 @@ class Auditor:
         self._killed: set[int] = set()  # by an order, or with their worker host
         self._ordered: set[int] = set()
         self._loaded: set[int] = set()
+        self._saved: set[int] = set()
         self._seats: dict[tuple[int, int | bytes], model.Contract] = {}
         self._records: dict[int, ContractRecord] = {}
 
@@ -231,6 +232,12 @@ class Auditor:
                 self.demand(is_blank, "worker", worker.id, "cannot load")
                 self._check_back_off(worker)
                 self._loaded.add(worker.id)
+            case model.SaveState(worker):
+                self._saw_save(worker)
+            case model.RestoreState(worker, state):
+                self._saw_restore(worker, state)
+            case model.Record(_, event) if event.startswith("state "):
+                self.world.counts[event] += 1
             case model.KillWorker(worker):
                 self.note("kill", worker.id, worker.verdict)
                 self._saw_kill(worker)
@@ -253,11 +260,33 @@ class Auditor:
         is_withdrawn = self.world.server.memory.slot_of(call).withdrawn >= call.sequence
         self.demand(not truth.answers or is_withdrawn, truth, "was answered and is sent")
         self._check_seat(worker, call, truth)
+        contract = worker.contract
+        assert contract is not None
+        self.demand(worker.id not in self._saved, truth, "goes to worker", worker.id, "which has saved its state")
+        self.demand(not carrying.must_wait(contract), truth, "goes to worker", worker.id, "before the state does")
         for earlier in truth.workers:
             is_touched = self.world.workers[earlier].may_touch(truth.number)
             self.demand(not is_touched, truth, "is sent again while worker", earlier, "may touch its slot")
         truth.workers.append(worker.id)
         truth.run_out_ns = self.world.schedule.now_ns + call.contract.run_limit_ns
+
+    def _saw_save(self, worker: model.Worker) -> None:
+        """A worker saves once, after its last call."""
+        self.note("save", worker.id)
+        process = self.world.workers[worker.id]
+        self.demand(worker.id not in self._saved, "worker", worker.id, "saves twice")
+        self.demand(not process.held or worker.id in self._killed, "worker", worker.id, "saves while it holds calls")
+        self.demand(process.keeps_state, "worker", worker.id, "is to save and cannot")
+        self._saved.add(worker.id)
+
+    def _saw_restore(self, worker: model.Worker, state: bytes) -> None:
+        """A worker takes up, before any call, what another has made of its own and earlier calls."""
+        self.note("restore", worker.id, state)
+        process = self.world.workers[worker.id]
+        self.demand(not process.sequences, "worker", worker.id, "takes up state after calls")
+        self.demand(process.keeps_state, "worker", worker.id, "is to restore and cannot")
+        states = {self.world.workers[each].state for each in self._saved}
+        self.demand(int(state) in states, "worker", worker.id, "takes up state that nobody has saved")
 
     def _check_seat(self, worker: model.Worker, call: model.Call, truth: Truth) -> None:
         """Calls of an instance, and those of a host's default one, never leave their seat."""
@@ -444,13 +473,19 @@ class Auditor:
             starting += state is WorkerState.STARTING
             self.demand((worker.id in self._killed) == (state is WorkerState.DOOMED), "worker", worker.id, state)
             is_member = contract is not None and worker in contract.workers
-            serves = state in (WorkerState.LOADING, WorkerState.IDLE, WorkerState.BUSY)
+            serves = state not in (WorkerState.STARTING, WorkerState.BLANK, WorkerState.DOOMED)
             self.demand(is_member == serves, "worker", worker.id, state, "is a member:", is_member)
             is_idle = contract is not None and worker in contract.idle
             self.demand(is_idle == (state is WorkerState.IDLE), "worker", worker.id, state, "is idle:", is_idle)
             self.demand((worker in force.blank) == (state is WorkerState.BLANK), "worker", worker.id, state)
             if contract is not None and contract.retired and state is not WorkerState.DOOMED:
-                self.demand(state is WorkerState.BUSY, "worker", worker.id, "serves a retired contract:", state)
+                ends = (WorkerState.BUSY, WorkerState.LEAVING, WorkerState.SAVING)
+                self.demand(state in ends, "worker", worker.id, "serves a retired contract:", state)
+            if state is WorkerState.RESTORING:
+                is_due = worker.is_restoring or (contract is not None and contract.inherits is not None)
+                self.demand(is_due, "worker", worker.id, "waits for state that does not come")
+            if worker.heir is not None:
+                self.demand(worker.heir.inherits is worker, "worker", worker.id, "has an heir that knows nothing of it")
             if state is WorkerState.BUSY:
                 self.demand(bool(worker.held), "worker", worker.id, "is busy with nothing")
             self.demand(len(worker.ahead) <= WINDOW_MAX, "worker", worker.id, "holds", len(worker.ahead), "ahead")

@@ -132,9 +132,13 @@ class Bench:
         self.effects = self.dispatcher.worker_ready(worker, self.now_ns)
         return worker
 
-    def loaded(self, worker: Worker, problem: str = "", reason: str = "") -> list[Effect]:
+    def loaded(
+        self, worker: Worker, problem: str = "", reason: str = "", *, saves: bool = False, restores: bool = False
+    ) -> list[Effect]:
         """A worker has loaded its contract, or not."""
-        self.effects = self.dispatcher.worker_loaded(worker, problem, reason, self.now_ns)
+        self.effects = self.dispatcher.worker_loaded(
+            worker, problem, reason, self.now_ns, saves=saves, restores=restores
+        )
         for effect in of_kind(self.effects, StoreContract) if self.stores_at_once else ():
             self.effects = [each for each in self.effects if each is not effect]
             self.effects += self.dispatcher.contract_stored(*effect, "", self.now_ns)

@@ -88,6 +88,8 @@ class SimulatedHost:
         elif schedule.chance(swarm.registering):
             record = random_record(self.world, schedule.rng.choice(CONTRACTS), self.id)
             self.register(record, replace=schedule.chance(0.6))
+        elif swarm.reloading and schedule.chance(swarm.reloading):
+            self.register(random_record(self.world, schedule.rng.choice(CONTRACTS), self.id, b"fine"), replace=True)
         elif schedule.chance(swarm.registering / 6):
             self._unregister(schedule.rng.choice(CONTRACTS))
         elif schedule.chance(swarm.giving_back):

@@ -63,6 +63,8 @@ class SimulatedServer:
             model.StoreContract: self._store_contract,
             model.StartWorker: self._start_worker,
             model.LoadWorker: self._load_worker,
+            model.SaveState: self._save_state,
+            model.RestoreState: self._restore_state,
             model.KillWorker: self._kill_worker,
             model.DropPair: self._drop_pair,
             model.Record: lambda effect: None,
@@ -231,10 +233,25 @@ class SimulatedServer:
         else:
             self._ready_early.add(worker_id)
 
-    def on_loaded(self, worker_id: int, problem: str) -> None:
+    def on_loaded(self, worker_id: int, problem: str, keeps_state: bool = False) -> None:
         worker = self.workforce.by_id.get(worker_id)
         if worker is not None:
-            self._perform(self.dispatcher.worker_loaded(worker, problem, "a reason", self.now_ns))
+            effects = self.dispatcher.worker_loaded(
+                worker, problem, "a reason", self.now_ns, saves=keeps_state, restores=keeps_state
+            )
+            self._perform(effects)
+            self._turn()
+
+    def on_saved(self, worker_id: int, state: bytes, problem: str) -> None:
+        worker = self.workforce.by_id.get(worker_id)
+        if worker is not None:
+            self._perform(self.dispatcher.worker_saved(worker, state, problem, self.now_ns))
+            self._turn()
+
+    def on_restored(self, worker_id: int, problem: str) -> None:
+        worker = self.workforce.by_id.get(worker_id)
+        if worker is not None:
+            self._perform(self.dispatcher.worker_restored(worker, problem, self.now_ns))
             self._turn()
 
     def on_done(self, worker_id: int, done: headers.Done) -> None:
@@ -345,7 +362,16 @@ class SimulatedServer:
 
     def _load_worker(self, effect: model.LoadWorker) -> None:
         process, source = self.links[effect.worker.id], effect.record.source
-        process.inbox.send(lambda: process.receive(lambda: process.load(source)))
+        is_single = effect.record.settings.workers == 1
+        process.inbox.send(lambda: process.receive(lambda: process.load(source, is_single)))
+
+    def _save_state(self, effect: model.SaveState) -> None:
+        process = self.links[effect.worker.id]
+        process.inbox.send(lambda: process.receive(process.save))
+
+    def _restore_state(self, effect: model.RestoreState) -> None:
+        process, state = self.links[effect.worker.id], effect.state
+        process.inbox.send(lambda: process.receive(lambda: process.restore(state)))
 
     def _start_worker(self, effect: model.StartWorker) -> None:
         host, worker_id = self.worker_host, effect.worker.id

@@ -8,6 +8,7 @@ be lost.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ STEPS = (
     "done written",
     "answered",
 )
+CARRY_STEPS = ("saving", "restoring")  # likewise, in worlds with many reloads
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +64,8 @@ class SimulatedWorker:
     Attributes:
         is_spent: it must not be used again.
         has_said_so: and the broker has heard it.
+        keeps_state: it is a singleton that saves and restores.
+        state: how many calls it and those before it have run.
         held: numbers of calls whose slots it may touch: EXECUTE was sent to it, DONE was not sent by it.
         sequences: of all hand-overs to it.
         executes: the last hand-over of each call to it, by number.
@@ -74,6 +78,8 @@ class SimulatedWorker:
         self.has_channel = True
         self.is_spent = False
         self.has_said_so = False
+        self.keeps_state = False
+        self.state = 0
         self.step = "starting"
         self.held: set[int] = set()
         self.sequences: set[int] = set()
@@ -149,8 +155,9 @@ class SimulatedWorker:
         return self.world.schedule.between(10 * NS_PER_US, most_ms * NS_PER_MS)
 
     # -- loading ------------------------------------------------------------------------------------------------
-    def load(self, source: bytes) -> None:
+    def load(self, source: bytes, is_single: bool) -> None:
         """Load a contract; what comes of it is in its source."""
+        self.keeps_state = is_single and self.world.schedule.chance(0.8)
         schedule, server = self.world.schedule, self.world.server
         if source == b"hang" or schedule.chance(self.world.swarm.hang):
             self.step = "loading"
@@ -167,8 +174,37 @@ class SimulatedWorker:
             self._then("loading", self._quickly(2), lambda: self._loaded(problem))
 
     def _loaded(self, problem: str) -> None:
-        self.outbox.send(lambda: self.world.server.on_loaded(self.id, problem))
+        self.outbox.send(lambda: self.world.server.on_loaded(self.id, problem, self.keeps_state))
         self._rest("idle")
+
+    # -- state --------------------------------------------------------------------------------------------------
+    def save(self) -> None:
+        """Hand on what there is, or fail to."""
+        self._carry("saving", lambda problem: self._saved(problem))
+
+    def _saved(self, problem: str) -> None:
+        state = b"" if problem else b"%d" % self.state
+        self.outbox.send(lambda: self.world.server.on_saved(self.id, state, problem))
+        self.is_spent = True
+        self._rest("idle")
+
+    def restore(self, state: bytes) -> None:
+        """Take up what another has handed on, or fail to."""
+        self._carry("restoring", lambda problem: self._restored(state, problem))
+
+    def _restored(self, state: bytes, problem: str) -> None:
+        self.state = int(state)
+        self.is_spent = bool(problem)
+        self.outbox.send(lambda: self.world.server.on_restored(self.id, problem))
+        self._rest("idle")
+
+    def _carry(self, step: str, end: Callable[[str], None]) -> None:
+        schedule, swarm = self.world.schedule, self.world.swarm
+        self.step = step
+        if schedule.chance(swarm.hang):
+            return
+        problem = "no" if schedule.chance(swarm.failing) else ""
+        self._then(step, self._quickly(5), lambda: end(problem))
 
     # -- calls: what execute.lua does -----------------------------------------------------------------------------
     def execute(self, call: Execute) -> None:
@@ -203,6 +239,7 @@ class SimulatedWorker:
             self.world.auditor.marked_begun(slot.args, False)
             self._write(call, 0, NOT_BEGUN)
             return
+        self.state += 1
         self.world.auditor.began(slot.args, self.id, call.deadline_ns)
         self._running = call
         self.world.schedule.after(call.limit_ns + TIMER_SLACK_NS, lambda: self._alarm(call))

@@ -80,6 +80,7 @@ class Swarm:
     malice: float = 0.0
     registering: float = 0.0
     giving_back: float = 0.0
+    reloading: float = 0.0  # contracts that load, and take another's place
     call_gap_ns: int = 2 * NS_PER_MS
     kill_gap_ns: int = 0
     host_leave_gap_ns: int = 0

@@ -1,5 +1,6 @@
 import pytest
 
+from luacell.broker import books as books_module
 from luacell.broker.books import Books, Pair, PairState, Refusal, SlotBook
 from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.headers import HAS_ARGS, HAS_OUT, Call
@@ -261,3 +262,37 @@ def test_a_host_that_leaves_loses_its_idle_pairs_at_once_and_the_others_with_the
     assert books.release_slot(other)
     assert books.total_bytes == of_another.shape.total_bytes
     assert books.host_left(HOST) == []
+
+
+def test_arena_keeps_its_name_while_its_host_is_there() -> None:
+    books = Books()
+    pair = usable(books)
+    books.retire(pair)
+    assert books.forgotten == []
+    assert usable(books).arena is pair.arena
+    books.retire(pair.arena.pairs[1])
+    assert books.host_left(HOST) == []
+    assert books.forgotten == [pair.arena.id]
+    assert usable(books).arena.id != pair.arena.id
+
+
+def test_arena_of_a_host_that_left_is_forgotten_with_its_last_slot() -> None:
+    books = Books()
+    pair = usable(books)
+    book = take(books, call_with(pair))
+    assert books.host_left(HOST) == []
+    assert books.forgotten == []
+    books.release_slot(book)
+    assert books.forgotten == [pair.arena.id]
+
+
+def test_arenas_without_a_pair_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(books_module, "EMPTY_ARENAS_MAX", 2)
+    books = Books()
+    for contract_id in (1, 2, 3):
+        pair = books.plan_pair(HOST, contract_id, SlotShape.for_payloads(8, 8, 1))
+        assert not isinstance(pair, Refusal)
+        books.abandon(pair)
+    assert books.forgotten == [1]
+    assert books.host_left(HOST) == []
+    assert books.forgotten == [1, 2, 3]

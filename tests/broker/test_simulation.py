@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from luacell.broker import answers, dispatcher, handover
+from luacell.broker import answers, carrying, dispatcher, handover, model
 from luacell.broker.books import ARENA_BITS
 from luacell.broker.catalogue import Catalogue
 from luacell.broker.causes import Cause
@@ -23,7 +23,7 @@ from luacell.protocol.limits import NS_PER_MS
 from luacell.protocol.slots import Answer
 from tests.broker.auditor import Violation
 from tests.broker.simulated_memory import Memory
-from tests.broker.simulated_workers import STEPS
+from tests.broker.simulated_workers import CARRY_STEPS, STEPS
 from tests.broker.simulation import Simulation, Swarm, simulate
 
 SEEDS = range(1, 41)
@@ -86,6 +86,15 @@ def test_a_seed_makes_the_same_world_twice() -> None:
     assert (one.schedule.now_ns, one.auditor.answers) == (other.schedule.now_ns, other.auditor.answers)
 
 
+RELOADS = Swarm(reloading=0.3, death=0.08, failing=0.1, hang=0.01, hosts=3, spares=3)
+
+
+def test_state_is_carried_over_and_at_times_lost() -> None:
+    worlds = [simulate(seed, 4_000, RELOADS) for seed in range(4)]
+    counts = sum((world.counts + world.auditor.deaths for world in worlds), Counter[str]())
+    assert all(counts[key] > 0 for key in ("state carried over", "state not carried over", *CARRY_STEPS)), counts
+
+
 # -- broken dispatchers -----------------------------------------------------------------------------------------
 # Each breaks one rule. What the simulation does not notice, it does not check.
 BREAKAGES: dict[str, Callable[[Patch], None]] = {}
@@ -133,6 +142,29 @@ def a_call_that_had_begun_is_sent_again(patch: Patch) -> None:
 @breakage
 def calls_behind_the_one_that_a_worker_is_killed_for_are_not_withdrawn(patch: Patch) -> None:
     patch.setattr(Dispatcher, "_take_back", lambda self, calls: None)
+
+
+SWARMS["calls_do_not_wait_for_state"] = RELOADS
+SWARMS["workers_that_were_to_save_are_not_missed"] = RELOADS
+
+
+@breakage
+def calls_do_not_wait_for_state(patch: Patch) -> None:
+    succeed = carrying.succeed
+
+    def do_not_wait(predecessor: Contract, contract: Contract) -> None:
+        succeed(predecessor, contract)
+        for worker in contract.workers:
+            if worker.state is model.RESTORING:
+                worker.state = model.IDLE
+                contract.idle.append(worker)
+
+    patch.setattr(carrying, "succeed", do_not_wait)
+
+
+@breakage
+def workers_that_were_to_save_are_not_missed(patch: Patch) -> None:
+    patch.setattr(Dispatcher, "_part", lambda self, worker, why, now_ns, effects: None)
 
 
 @breakage

@@ -210,6 +210,14 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
     },
     Op.EXECUTE: {"one call": [EXECUTE]},
     Op.UNMAP: {"a pair": messages.Unmap(arena=7, index=1)},
+    Op.FORGET: {"an arena": messages.Forget(arena=7)},
+    Op.SAVE: {"a worker that others follow": messages.Save()},
+    Op.RESTORE: {"state": messages.Restore(state=b"n=7")},
+    Op.SAVED: {
+        "state": messages.Saved(state=b"n=7", problem=""),
+        "none": messages.Saved(state=b"", problem="save() returned nil, not a string"),
+    },
+    Op.RESTORED: {"taken up": messages.Restored(problem="")},
     Op.MAP: {
         "with the descriptors of args and out": messages.Map(
             arena=7, index=1, count=16, args_stride=4096, out_stride=8192
@@ -218,6 +226,7 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
     Op.READY: {"a blank worker": messages.Ready(pid=4322, posture="no new privileges, seccomp")},
     Op.LOADED: {
         "ready for calls": messages.Loaded(problem="", reason=""),
+        "a singleton with state": messages.Loaded(problem="", reason="", saves=True, restores=True),
         "no function": messages.Loaded(problem="type", reason="table"),
         "a syntax error": messages.Loaded(problem="load", reason="logger.lua:1: unexpected symbol"),
     },

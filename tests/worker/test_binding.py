@@ -309,6 +309,7 @@ def test_kept_results_are_bounded_and_belong_to_their_host() -> None:
     with pytest.raises(Failed, match="no longer kept"):
         made.raw(FETCH, struct.pack("<Q", first), size)
     made.vm.remove_pair(ARENA + 1, 0)
+    made.vm.forget(ARENA + 1)
     made.map(ARENA + 1)
     with pytest.raises(Failed, match="no longer kept"):
         made.raw(FETCH, struct.pack("<Q", others[-1]), size, ARENA + 1)
@@ -346,6 +347,9 @@ def test_destroy_runs_once_for_each_instance_whichever_way_it_goes() -> None:
     made.raw(DESTROY, struct.pack("<QQQQ", 1, 2, 2, 99), 0)
     assert made.call("destroyed") == 2
     made.vm.remove_pair(ARENA + 1, 0)
+    assert made.call("destroyed") == 2, "their host may get other memory"
+    made.vm.forget(ARENA + 1)
+    made.vm.forget(ARENA + 1)
     assert made.call("destroyed") == 5
     assert add(made, 3) == 1
 
@@ -406,3 +410,69 @@ def test_new_must_give_a_table() -> None:
 def test_source_depends_on_the_description_alone() -> None:
     api = parse(SVC, "api.toml")
     assert binding_source(api.host_contracts[0], api.enums) == binding_source(api.host_contracts[0], api.enums)
+
+
+# -- state ----
+SAVING_LUA = """
+local T = {}; T.__index = T
+function T.new() return setmetatable({ n = 0 }, T) end
+function T:run() self.n = self.n + 1; return self.n end
+function T:save() return tostring(self.n) end
+function T:restore(text) self.n = assert(tonumber(text)) end
+return T
+"""
+
+
+def saving(source: str = SAVING_LUA, text: str = one("u32")) -> InProcess:
+    return InProcess(text.replace('version = "1"', 'version = "1"\nsingleton = true'), source)
+
+
+def test_singleton_hands_its_state_to_another() -> None:
+    old, new = saving(), saving()
+    assert [old.call("run"), old.call("run")] == [1, 2]
+    assert (old.vm.saves, new.vm.restores) == (True, True)
+    assert old.vm.save(100) == (b"2", "")
+    assert new.vm.restore(b"2") == ""
+    assert new.call("run") == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("return 7", "save() returned number 7, not a string"),
+        ("error('no')", "save() failed: contract.lua:5: no"),
+        ("return ('x'):rep(101)", "save() returned 101 bytes; the limit is 100"),
+        ("local t = {}; while true do t[#t + 1] = ('x'):rep(1e5) .. #t end", "memory"),
+    ],
+)
+def test_state_that_cannot_be_saved_says_why(body: str, text: str) -> None:
+    made = saving(SAVING_LUA.replace("return tostring(self.n)", body))
+    state, problem = made.vm.save(100)
+    assert state == b""
+    assert text in problem
+
+
+def test_any_bytes_are_state() -> None:
+    state = bytes(range(256)) * 16384
+    made = saving(
+        SAVING_LUA.replace("return tostring(self.n)", "return self.s").replace(
+            "self.n = assert(tonumber(text))", "self.s = text"
+        )
+    )
+    assert made.vm.restore(state) == ""
+    assert made.vm.save(len(state)) == (state, "")
+
+
+def test_state_that_is_not_taken_up_says_why() -> None:
+    assert "restore() failed: " in saving().vm.restore(b"no number")
+    endless = "while true do self[#self + 1] = text .. #self end"
+    made = saving(SAVING_LUA.replace("self.n = assert(tonumber(text))", endless))
+    assert "memory" in made.vm.restore(b"x" * 100_000)
+
+
+def test_only_singletons_hand_on_state_and_functions_of_the_contract_are_no_hooks() -> None:
+    made = InProcess(one("u32"), SAVING_LUA)
+    assert (made.vm.saves, made.vm.restores) == (False, False)
+    text = one("u32") + '[[host_contract.functions]]\nname = "save"\n'
+    made = saving(text=text)
+    assert (made.vm.saves, made.vm.restores) == (False, True)

@@ -20,6 +20,7 @@ from luacell.protocol.headers import Call
 from luacell.protocol.limits import HOST_MEMORY_MAX, SEGMENTS_PER_ARENA_MAX, TOTAL_MEMORY_MAX
 from luacell.protocol.slots import GENERATION_MASK, SLOT_SHIFT, SlotShape
 
+EMPTY_ARENAS_MAX: Final = 64  # that a host keeps without a pair; 80 MB for all hosts there may be
 _POSITION_MASK: Final = (1 << SLOT_SHIFT) - 1
 ARENA_BITS: Final = 32
 
@@ -95,13 +96,17 @@ class Pair:
 
 @dataclass(slots=True, eq=False)
 class Arena:
-    """One host's memory for one contract."""
+    """One host's memory for one contract: its name stays, though the host gives pairs back, for as long as it is there.
+
+    Workers keep the host's instances by it.
+    """
 
     id: int
     session: bytes
     contract_id: int
     pairs: dict[int, Pair] = field(default_factory=dict)
     next_index: int = 0
+    is_left: bool = False  # its host is gone
 
 
 class Books:
@@ -111,6 +116,9 @@ class Books:
         host_memory_max: bytes one host may hold.
         total_memory_max: bytes all hosts may hold.
         pairs_max: pairs of segments there may be; each is two descriptors.
+
+    Attributes:
+        forgotten: ids of arenas that are gone since somebody looked, who empties it.
     """
 
     def __init__(
@@ -127,6 +135,8 @@ class Books:
         self._arenas: dict[int, Arena] = {}
         self._by_owner: dict[bytes, dict[int, Arena]] = {}
         self._held: dict[bytes, int] = {}
+        self._empty: dict[bytes, dict[int, Arena]] = {}  # arenas without a pair, by session, the oldest first
+        self.forgotten: list[int] = []
         self._total = 0
         self._next_arena = 1
 
@@ -189,7 +199,12 @@ class Books:
 
     def host_left(self, session: bytes) -> list[Pair]:
         """Retire all pairs of a host; return those that are gone at once, others go with their last slot."""
-        pairs = [pair for arena in self._by_owner.get(session, {}).values() for pair in arena.pairs.values()]
+        arenas = list(self._by_owner.get(session, {}).values())
+        pairs = [pair for arena in arenas for pair in arena.pairs.values()]
+        for arena in arenas:
+            arena.is_left = True
+            if not arena.pairs:
+                self._forget(arena)
         return [pair for pair in pairs if pair.state is not PairState.RETIRED and self.retire(pair)]
 
     def mapped(self, pair: Pair) -> None:
@@ -229,6 +244,7 @@ class Books:
             arena = Arena(self._next_arena, session, contract_id)
             self._next_arena += 1
             owned[contract_id] = self._arenas[arena.id] = arena
+        self._empty.get(session, {}).pop(arena.id, None)
         return arena
 
     def _gone_if_quiet(self, pair: Pair) -> bool:
@@ -241,16 +257,29 @@ class Books:
         left = self._held[arena.session] - pair.shape.total_bytes
         self._held[arena.session] = left
         if not arena.pairs:
-            self._forget(arena)
+            self._emptied(arena)
         return True
 
+    def _emptied(self, arena: Arena) -> None:
+        """Keep an arena without pairs for its host, which may lease again; not too many."""
+        if arena.is_left:
+            self._forget(arena)
+            return
+        empty = self._empty.setdefault(arena.session, {})
+        empty[arena.id] = arena
+        if len(empty) > EMPTY_ARENAS_MAX:
+            self._forget(next(iter(empty.values())))
+
     def _forget(self, arena: Arena) -> None:
+        self.forgotten.append(arena.id)
         del self._arenas[arena.id]
+        self._empty.get(arena.session, {}).pop(arena.id, None)
         owned = self._by_owner[arena.session]
         del owned[arena.contract_id]
         if not owned:
             del self._by_owner[arena.session]
-            del self._held[arena.session]
+            self._held.pop(arena.session, None)
+            self._empty.pop(arena.session, None)
 
 
 def _unfit(book: SlotBook | None, session: bytes, call: Call) -> Refusal:

@@ -14,9 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from luacell.broker import carrying
 from luacell.broker.model import (
     BUSY,
+    IDLE,
     LEAVING,
+    SAVING,
     Call,
     Contract,
     Effect,
@@ -286,6 +289,7 @@ class Catalogue:
         if predecessor is None or predecessor.retired:
             return False
         move_calls(predecessor, contract)
+        carrying.succeed(predecessor, contract)
         self._retire(predecessor, now_ns, effects)
         return True
 
@@ -295,8 +299,11 @@ class Catalogue:
             place.retired = True
             self._workforce.withdraw(place)
             self._stop_timer(place)
+            carrying.disinherit(place)
             for worker in list(place.workers):
-                if worker.state not in (BUSY, LEAVING):
+                if worker.heir is not None and worker.state is IDLE:
+                    carrying.ask_to_save(worker, now_ns, self._wheel, effects)
+                elif worker.state not in (BUSY, LEAVING, SAVING):
                     self._workforce.doom(worker, "its contract is no longer served", now_ns, effects)
 
     def _set_timer(self, contract: Contract, when_ns: int) -> None:

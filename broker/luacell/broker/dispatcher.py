@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from luacell.broker import answers
+from luacell.broker import answers, carrying
 from luacell.broker.books import ARENA_BITS, PairState, Refusal
 from luacell.broker.causes import Cause
 from luacell.broker.handover import (
@@ -46,6 +46,8 @@ from luacell.broker.model import (
     LEAVING,
     LOADING,
     QUEUED,
+    RESTORING,
+    SAVING,
     STARTING,
     Call,
     Contract,
@@ -62,6 +64,7 @@ from luacell.broker.windows import SLOW_NS, measure, room_of, worker_with_room
 from luacell.protocol import headers
 from luacell.protocol.limits import (
     CALLS_IN_FLIGHT_MAX,
+    CARRY_LIMIT_NS,
     ERROR_TEXT_MAX,
     LOAD_LIMIT_NS,
     NS_PER_S,
@@ -327,8 +330,17 @@ class Dispatcher(Handover):
             self.catalogue.staff(worker.contract, now_ns, effects)
         return effects
 
-    def worker_loaded(self, worker: Worker, problem: str, reason: str, now_ns: int) -> list[Effect]:
-        """A worker has loaded its contract, or failed to."""
+    def worker_loaded(
+        self,
+        worker: Worker,
+        problem: str,
+        reason: str,
+        now_ns: int,
+        *,
+        saves: bool = False,
+        restores: bool = False,
+    ) -> list[Effect]:
+        """A worker has loaded its contract, or failed to; it tells whether it can hand on state, or take some up."""
         effects: list[Effect] = []
         if worker.state is not LOADING:
             self._dismiss(worker, "it reported a load that nobody asked for", now_ns, effects)
@@ -341,7 +353,49 @@ class Dispatcher(Handover):
             self.catalogue.staff(contract, now_ns, effects)
             return effects
         self.workforce.loaded(worker)
+        worker.saves, contract.restores = saves, restores
         self.catalogue.load_succeeded(contract, now_ns, effects)
+        if carrying.must_wait(contract):
+            worker.state = RESTORING
+            self._hand_on(contract, now_ns, effects)
+        else:
+            self._employ(worker, now_ns, effects)
+        self.catalogue.staff(contract, now_ns, effects)
+        return effects
+
+    def worker_saved(self, worker: Worker, state: bytes, problem: str, now_ns: int) -> list[Effect]:
+        """A worker has saved its state, or failed to; it is not needed any more."""
+        effects: list[Effect] = []
+        if worker.state is not SAVING:
+            self._dismiss(worker, "it reported state that nobody asked for", now_ns, effects)
+            return effects
+        heir, worker.heir = worker.heir, None
+        if heir is not None:
+            carrying.disinherit(heir)
+            if problem:
+                effects.append(carrying.lost(heir, problem))
+            else:
+                heir.state = state
+        self._dismiss(worker, "another worker has taken its place", now_ns, effects)
+        if heir is not None:
+            self._hand_on(heir, now_ns, effects)
+        return effects
+
+    def worker_restored(self, worker: Worker, problem: str, now_ns: int) -> list[Effect]:
+        """A worker has taken up its predecessor's state, or failed to, and must not be used."""
+        effects: list[Effect] = []
+        contract = worker.contract
+        if not worker.is_restoring or contract is None:
+            self._dismiss(worker, "it reported to have state that it was not given", now_ns, effects)
+            return effects
+        if problem:
+            self._dismiss(worker, f"its state was not restored: {problem}", now_ns, effects)
+            return effects
+        state, contract.state = contract.state or b"", None
+        worker.is_restoring = False
+        self.workforce.loaded(worker)
+        contract.called = True  # it has state: it is not stopped because nobody calls it
+        effects.append(carrying.carried(contract, len(state)))
         self._employ(worker, now_ns, effects)
         self.catalogue.staff(contract, now_ns, effects)
         return effects
@@ -389,6 +443,7 @@ class Dispatcher(Handover):
         self._bury(worker, cause, now_ns, effects)
         if contract is None:
             return effects
+        self._part(worker, f"its worker died with {cause}", now_ns, effects)
         if was_loading and contract.died_loading:
             reason = f"the worker died with {cause} while loading"
             self._load_failed(contract, "load", reason, now_ns, effects)
@@ -402,6 +457,7 @@ class Dispatcher(Handover):
         effects: list[Effect] = []
         for worker in self.workforce.host_leaves(now_ns, effects):
             if worker.contract is not None:
+                self._part(worker, worker.verdict, now_ns, effects)
                 self.catalogue.staff(worker.contract, now_ns, effects)
         return effects
 
@@ -410,6 +466,7 @@ class Dispatcher(Handover):
         effects: list[Effect] = []
         for worker in self.workforce.host_left(now_ns):
             if worker.contract is not None:
+                self._part(worker, worker.verdict, now_ns, effects)
                 self.catalogue.staff(worker.contract, now_ns, effects)
         return effects
 
@@ -432,6 +489,7 @@ class Dispatcher(Handover):
 
     def _take_over(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
         """Hand out the calls that waited for the contract that this one replaces."""
+        self._hand_on(contract, now_ns, effects)
         for place in contract.places:
             while place.idle and place.queue:
                 self._employ(place.idle.pop(), now_ns, effects)
@@ -495,7 +553,7 @@ class Dispatcher(Handover):
     def _worker_due(self, worker: Worker, now_ns: int, effects: list[Effect]) -> None:
         """A worker did not start or load in time, or it is time to see how far a busy one has come."""
         worker.timer = None
-        if worker.state in (STARTING, LOADING):
+        if worker.state in (STARTING, LOADING, SAVING, RESTORING):
             self._dismiss(worker, _overdue(worker), now_ns, effects)
         elif worker.state in (BUSY, LEAVING) and (worker.call is None or now_ns - worker.call.sent_ns >= SLOW_NS):
             self._catch_up(worker, now_ns, effects)
@@ -534,4 +592,7 @@ class Dispatcher(Handover):
 def _overdue(worker: Worker) -> str:
     if worker.state is LOADING:
         return f"it did not load within {LOAD_LIMIT_NS // NS_PER_S} s"
+    if worker.state in (SAVING, RESTORING):
+        what = "save" if worker.state is SAVING else "restore"
+        return f"it did not {what} its state within {CARRY_LIMIT_NS // NS_PER_S} s"
     return f"it did not start within {START_LIMIT_NS // NS_PER_S} s"

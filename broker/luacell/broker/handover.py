@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from luacell.broker import answers
+from luacell.broker import answers, carrying
 from luacell.broker.books import Books
 from luacell.broker.catalogue import Catalogue
 from luacell.broker.causes import SIGALRM, Cause
@@ -122,6 +122,9 @@ class Handover:
         """Give a free worker the next call of its contract, or let it rest, or go."""
         contract = worker.contract
         assert contract is not None
+        if worker.heir is not None:
+            carrying.ask_to_save(worker, now_ns, self._wheel, effects)
+            return
         if contract.retired:
             self._dismiss(worker, "its contract was replaced or unregistered", now_ns, effects)
             return
@@ -304,9 +307,28 @@ class Handover:
         self.workforce.doom(worker, verdict, now_ns, effects)
         if contract is None:
             return
+        self._part(worker, verdict, now_ns, effects)
         if was_loading:
             self._load_failed(contract, "load", verdict, now_ns, effects)
         self.catalogue.staff(contract, now_ns, effects)
+
+    def _part(self, worker: Worker, why: str, now_ns: int, effects: list[Effect]) -> None:
+        """A worker is out of use: state that it was to hand on, or was taking up, is lost."""
+        heir, contract = worker.heir, worker.contract
+        if worker.is_restoring and contract is not None:
+            worker.is_restoring = False
+            contract.state = None
+            effects.append(carrying.lost(contract, why))
+        if heir is not None:
+            carrying.disinherit(heir)
+            effects.append(carrying.lost(heir, why))
+            self._hand_on(heir, now_ns, effects)
+
+    def _hand_on(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
+        """Let the worker that waits for state have it, or its first call where there is none."""
+        heir = carrying.hand_on(contract, now_ns, self._wheel, effects)
+        if heir is not None:
+            self._employ(heir, now_ns, effects)
 
     def _load_failed(self, contract: Contract, problem: str, reason: str, now_ns: int, effects: list[Effect]) -> None:
         for call in self.catalogue.load_failed(contract, problem, reason, now_ns, effects):

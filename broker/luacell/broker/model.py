@@ -8,6 +8,8 @@ Plain state with questions about itself; all changes are made by the dispatcher 
 
     worker:  STARTING ──ready──> BLANK ──load──> LOADING ──loaded──> IDLE <──done── BUSY
              any state ──kill ordered──> DOOMED ──died──> gone                └─sent─^
+             IDLE, BUSY ──to be followed by another──> SAVING ──saved──> DOOMED
+             LOADING ──loaded, follows another──> RESTORING ──restored──> IDLE
              BUSY ──its worker host leaves──> LEAVING ──done──> DOOMED
 """
 
@@ -50,11 +52,13 @@ class WorkerState(Enum):
     BUSY = "busy"
     LEAVING = "leaving"
     DOOMED = "doomed"
+    SAVING = "saving"
+    RESTORING = "restoring"
 
 
 # Looking a member up in its enum costs a quarter of a microsecond; the hot path reads these.
 QUEUED, HELD, ENDED = CallState
-STARTING, BLANK, LOADING, IDLE, BUSY, LEAVING, DOOMED = WorkerState
+STARTING, BLANK, LOADING, IDLE, BUSY, LEAVING, DOOMED, SAVING, RESTORING = WorkerState
 
 
 @dataclass(slots=True, eq=False)
@@ -131,6 +135,9 @@ class Contract:
         is_seat: it is one of the seats of another, which stands for all of them.
         seats: of a contract that keeps instances in several workers: itself and one more for each other worker (see
             `seats`); else empty.
+        restores: its implementation takes up the state of another one.
+        inherits: the worker whose state the next worker of this contract is to have, until it is saved; see `carrying`.
+        state: what that worker has saved, until a worker of this contract has taken it up.
         workers: those that serve or load it, oldest first, without doomed ones.
         idle: a subset of `workers`, the most recently used last.
         workers_max: how many workers it may have.
@@ -153,6 +160,9 @@ class Contract:
     successor_of: Contract | None = None
     is_seat: bool = False
     seats: tuple[Contract, ...] = ()
+    restores: bool = False
+    inherits: Worker | None = None
+    state: bytes | None = None
     queue: FairQueue[Session, Call] = field(default_factory=lambda: FairQueue(QUEUE_MAX))
     workers: dict[Worker, None] = field(default_factory=dict)
     idle: list[Worker] = field(default_factory=list)
@@ -202,7 +212,7 @@ class Contract:
         """Whether calls, or its registration, wait for a worker that it may have and does not have yet."""
         if self.request is not None:
             return not self.workers
-        loading = sum(worker.state is LOADING for worker in self.workers)
+        loading = sum(worker.state in (LOADING, RESTORING) for worker in self.workers)
         return len(self.queue) > loading and len(self.workers) < self.workers_max
 
 
@@ -225,6 +235,10 @@ class Worker:
         paced_served: calls it had finished then.
         mapped: pairs of segments that it was sent.
         confinement: what it was ordered as, with the level that it has told.
+        arenas: those of all pairs that it was ever sent and that are not gone.
+        saves: its implementation can hand on its state.
+        heir: the contract whose next worker is to have this one's state, until it is saved; see `carrying`.
+        is_restoring: it was sent state and has not said that it has taken it up.
     """
 
     id: int
@@ -241,6 +255,10 @@ class Worker:
     paced_ns: int = 0
     paced_served: int = 0
     mapped: set[Pair] = field(default_factory=set)
+    arenas: set[int] = field(default_factory=set)
+    saves: bool = False
+    heir: Contract | None = None
+    is_restoring: bool = False
     verdict: str = ""
     timer: int | None = None
     confinement: Confinement = UNGRANTED
@@ -358,6 +376,19 @@ class LoadWorker(NamedTuple):
     record: ContractRecord
 
 
+class SaveState(NamedTuple):
+    """Ask a worker for the state of its singleton; `worker_saved` tells."""
+
+    worker: Worker
+
+
+class RestoreState(NamedTuple):
+    """Give a worker the state of the one that it follows; `worker_restored` tells."""
+
+    worker: Worker
+    state: bytes
+
+
 class KillWorker(NamedTuple):
     """Order a worker's death."""
 
@@ -388,6 +419,8 @@ Effect = (
     | StoreContracts
     | StartWorker
     | LoadWorker
+    | SaveState
+    | RestoreState
     | KillWorker
     | DropPair
     | Record

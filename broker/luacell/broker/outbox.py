@@ -196,8 +196,21 @@ class Outbox:
             read=record.settings.read,
             write=record.settings.write,
             network=record.settings.network,
+            workers=record.settings.workers,
         )
         self.tell(effect.worker.routing_id, load)
+
+    def send_save(self, effect: model.SaveState) -> None:
+        """Perform SaveState."""
+        self.tell(effect.worker.routing_id, messages.Save())
+
+    def send_restore(self, effect: model.RestoreState) -> None:
+        """Perform RestoreState."""
+        self.tell(effect.worker.routing_id, messages.Restore(state=effect.state))
+
+    def send_forget(self, worker: model.Worker, arena: int) -> None:
+        """Tell a worker that an arena is gone."""
+        self.tell(worker.routing_id, messages.Forget(arena=arena))
 
     def send_unmap(self, worker: model.Worker, pair: Pair) -> None:
         """Tell a worker that a pair of segments is gone."""

@@ -117,6 +117,7 @@ class Server:
         self._store = SegmentStore()
         self._bounds = bounds = bounds_for(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         books, registry = Books(pairs_max=bounds.pairs), Registry()
+        self._forgotten = books.forgotten
         self._dispatcher = dispatcher = Dispatcher(
             self._store, books, registry, _new_routing_id, spares, bounds.workers
         )
@@ -164,6 +165,8 @@ class Server:
             model.StoreContract: self._store_contract,
             model.StoreContracts: self._store_contracts,
             model.LoadWorker: outbox.send_load,
+            model.SaveState: outbox.send_save,
+            model.RestoreState: outbox.send_restore,
             model.StartWorker: self._workers.order_start,
             model.KillWorker: self._workers.order_kill,
             model.DropPair: lambda effect: self._drop_pair(effect.pair),
@@ -567,6 +570,8 @@ class Server:
         performers = self._performers
         for effect in effects:
             performers[type(effect)](effect)
+        if self._forgotten:
+            self._tell_forgotten()
 
     def _leave_together(self, call: model.Call) -> None:
         """Keep a call that a worker was handed until others for that worker are there as well."""
@@ -624,6 +629,14 @@ class Server:
         for worker in [worker for worker in self._worker_of.values() if pair in worker.mapped]:
             worker.mapped.discard(pair)
             self._outbox.send_unmap(worker, pair)
+
+    def _tell_forgotten(self) -> None:
+        """Tell workers which of the arenas that they know are gone, when they have heard so of all pairs."""
+        gone, self._forgotten[:] = set(self._forgotten), []
+        for worker in [worker for worker in self._worker_of.values() if not worker.arenas.isdisjoint(gone)]:
+            for arena in sorted(worker.arenas & gone):
+                self._outbox.send_forget(worker, arena)
+            worker.arenas -= gone
 
 
 def _new_routing_id() -> bytes:

@@ -268,7 +268,16 @@ class Workers:
             self._on_answers(worker, headers.parse_records(op, count, message), now_ns)
         elif op is Op.LOADED:
             loaded = decode(messages.Loaded, message)
-            self._perform(self._dispatcher.worker_loaded(worker, loaded.problem, loaded.reason, now_ns))
+            effects = self._dispatcher.worker_loaded(
+                worker, loaded.problem, loaded.reason, now_ns, saves=loaded.saves, restores=loaded.restores
+            )
+            self._perform(effects)
+        elif op is Op.SAVED:
+            saved = decode(messages.Saved, message)
+            self._perform(self._dispatcher.worker_saved(worker, saved.state, saved.problem, now_ns))
+        elif op is Op.RESTORED:
+            restored = decode(messages.Restored, message)
+            self._perform(self._dispatcher.worker_restored(worker, restored.problem, now_ns))
         elif op is Op.READY:
             ready = decode(messages.Ready, message)
             self._workforce.confined(worker, ready.sandbox, read_layers(ready.posture))
@@ -315,6 +324,7 @@ class Workers:
         except (ChannelClosed, OSError):
             return False
         worker.mapped.add(pair)
+        worker.arenas.add(pair.arena.id)
         return True
 
     def _died(self, worker: Worker, cause: Cause) -> None:

@@ -55,10 +55,15 @@ class Op(IntEnum):
     EXECUTE = 65
     UNMAP = 66
     MAP = 67
+    SAVE = 68
+    RESTORE = 69
+    FORGET = 70
     # worker to broker
     READY = 96
     LOADED = 97
     DONE = 98
+    SAVED = 99
+    RESTORED = 100
     # broker to worker host
     START = 128
     KILL = 129

@@ -50,6 +50,9 @@ LOAD_LIMIT_NS: Final = 5 * NS_PER_S  # a contract must load within this
 START_LIMIT_NS: Final = 5 * NS_PER_S  # a blank worker must report within this
 REQUEST_LIMIT_NS: Final = 15 * NS_PER_S  # a control request: spare start, load and one retry fit in
 
+STATE_MAX: Final = 4 * MIB  # bytes of state that a singleton hands to its successor; fits a message, as sources do
+CARRY_LIMIT_NS: Final = 2 * NS_PER_S  # for saving state, and for restoring it; calls wait meanwhile
+
 MEMORY_DEFAULT: Final = 64 * MIB  # bytes a contract's Lua heap may use
 MEMORY_MIN: Final = 1 * MIB
 MEMORY_MAX: Final = 2048 * MIB

@@ -46,6 +46,7 @@ from luacell.protocol.limits import (
     PAYLOAD_MAX,
     SLOTS_PER_SEGMENT_MAX,
     SOURCE_MAX,
+    STATE_MAX,
     WORKERS_PER_CONTRACT_MAX,
 )
 
@@ -357,6 +358,7 @@ class Load:
 
     Attributes:
         sandbox, read, write, network: how it is to be confined at least; a worker that is not refuses it.
+        workers: how many the contract may have.
     """
 
     OP: ClassVar[Op] = Op.LOAD
@@ -370,6 +372,7 @@ class Load:
     read: str = text(GRANTS_TEXT_MAX, "")
     write: str = text(GRANTS_TEXT_MAX, "")
     network: bool = boolean(False)
+    workers: int = integer(1, WORKERS_PER_CONTRACT_MAX, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,6 +394,14 @@ class Unmap:
     OP: ClassVar[Op] = Op.UNMAP
     arena: int = integer()
     index: int = integer(0, 65535)
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The broker tells a worker that an arena is gone, and whatever it keeps for that host's calls is not needed."""
+
+    OP: ClassVar[Op] = Op.FORGET
+    arena: int = integer()
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,11 +428,55 @@ class Loaded:
     Attributes:
         problem: "" when it is ready for calls, "type" when the chunk gave no function, "load" when it failed.
         reason: for people; with "type" the Lua type that came.
+        saves, restores: its singleton has `save`, or `restore`.
     """
 
     OP: ClassVar[Op] = Op.LOADED
     problem: str = choice(LOAD_PROBLEMS)
     reason: str = text(REASON_MAX)
+    saves: bool = boolean(False)
+    restores: bool = boolean(False)
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """The broker asks a worker that gets no more calls for the state of its singleton."""
+
+    OP: ClassVar[Op] = Op.SAVE
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A worker gives the state of its singleton.
+
+    Attributes:
+        state: what `save()` returned; b"" with a problem.
+        problem: why there is none, or "".
+    """
+
+    OP: ClassVar[Op] = Op.SAVED
+    state: bytes = blob(0, STATE_MAX)
+    problem: str = text(REASON_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """The broker gives a worker that has had no call the state of the one it follows."""
+
+    OP: ClassVar[Op] = Op.RESTORE
+    state: bytes = blob(0, STATE_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A worker's singleton has taken its state up; or not, and it must not be used.
+
+    Attributes:
+        problem: why not, or "".
+    """
+
+    OP: ClassVar[Op] = Op.RESTORED
+    problem: str = text(REASON_MAX)
 
 
 @dataclass(frozen=True, slots=True)

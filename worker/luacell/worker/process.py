@@ -22,7 +22,14 @@ from luacell.protocol.api import ApiError, find_contract, parse
 from luacell.protocol.confinement import UNTRUSTED, Confinement, stricter, written
 from luacell.protocol.errors import AbiErrorCode, ProtocolError
 from luacell.protocol.headers import Op
-from luacell.protocol.limits import CALLS_PER_MESSAGE_MAX, LOAD_LIMIT_NS, MESSAGE_MAX, NS_PER_S
+from luacell.protocol.limits import (
+    CALLS_PER_MESSAGE_MAX,
+    CARRY_LIMIT_NS,
+    LOAD_LIMIT_NS,
+    MESSAGE_MAX,
+    NS_PER_S,
+    STATE_MAX,
+)
 from luacell.protocol.memory.channel import ChannelClosed, close_all, receive_message
 from luacell.protocol.memory.segments import Mapping
 from luacell.protocol.messages import API_MODULE, decode, encode, id_of
@@ -60,6 +67,10 @@ def _libzmq_path() -> str:
 LIBZMQ: Final = _libzmq_path()
 # The linker then knows it by this very path, and opens nothing when a worker asks for it, to which the file is closed.
 ctypes.CDLL(LIBZMQ)
+
+
+class _ManySingletons(Exception):
+    """A contract of one instance is to have several workers."""
 
 
 class _Progress(ctypes.Structure):
@@ -151,6 +162,12 @@ class WorkerProcess:
             self._load(decode(messages.Load, message))
         elif op is Op.UNMAP:
             self._unmap(decode(messages.Unmap, message))
+        elif op is Op.FORGET:
+            self._vm.forget(decode(messages.Forget, message).arena)
+        elif op is Op.SAVE:
+            self._save(decode(messages.Save, message))
+        elif op is Op.RESTORE:
+            self._restore(decode(messages.Restore, message))
         else:
             raise ProtocolError(f"operation {op.name}, or its size, is not for workers")
 
@@ -186,9 +203,31 @@ class WorkerProcess:
                     sandbox=self._sandbox.confinement.level,
                     c_modules=self._c_modules,
                 )
-        except ApiError as error:
+        except (ApiError, _ManySingletons) as error:
             problem, reason = "load", str(error)
-        self._socket.send(encode(messages.Loaded(problem=problem, reason=reason[: messages.REASON_MAX])))
+        loaded = messages.Loaded(
+            problem=problem,
+            reason=reason[: messages.REASON_MAX],
+            saves=not problem and self._vm.saves,
+            restores=not problem and self._vm.restores,
+        )
+        self._socket.send(encode(loaded))
+        if problem:
+            _await_death()
+
+    def _save(self, asked: messages.Save) -> None:
+        """Give the state of the singleton to the broker, for the worker that follows this one."""
+        self._vm.arm_for(CARRY_LIMIT_NS // NS_PER_S)
+        state, problem = self._vm.save(STATE_MAX)
+        self._socket.send(encode(messages.Saved(state=state, problem=problem[: messages.REASON_MAX])))
+        _await_death()
+
+    def _restore(self, given: messages.Restore) -> None:
+        """Take up the state of the worker before this one."""
+        self._vm.arm_for(CARRY_LIMIT_NS // NS_PER_S)
+        problem = self._vm.restore(given.state)
+        self._vm.disarm()
+        self._socket.send(encode(messages.Restored(problem=problem[: messages.REASON_MAX])))
         if problem:
             _await_death()
 
@@ -240,12 +279,16 @@ def _binding_of(load: messages.Load) -> str | None:
 
     Raises:
         ApiError: its description is malformed, or does not describe it.
+        _ManySingletons: it is a singleton and is to have several workers.
     """
     text = load.modules.get(API_MODULE)
     if text is None:
         return None
     api = parse(text.decode("utf-8", "replace"), "api.toml")
-    return binding_source(find_contract(api, id_of(load.contract)), api.enums)
+    contract = find_contract(api, id_of(load.contract))
+    if contract.singleton and load.workers > 1:
+        raise _ManySingletons(f"{contract} is a singleton, which has one worker, not {load.workers}")
+    return binding_source(contract, api.enums)
 
 
 def _await_death() -> NoReturn:

@@ -51,6 +51,8 @@ class Vm:
         self.disarm: Any = self._runtime.disarm
         self.add_pair: Any = self._runtime.add_pair
         self.remove_pair: Any = self._runtime.remove_pair
+        self.forget: Any = self._runtime.forget
+        self._typed: Any = None
 
     def make_loop(self, *arguments: object) -> Any:
         """Return the loop of serve.lua: a table with `serve` and `done_with`; see there for the arguments."""
@@ -85,7 +87,7 @@ class Vm:
         sources = self._lua.table_from({name.encode(): module for name, module in modules.items()})
         own_only = None if sandbox == DEFAULT else self._lua.table_from(map(str.encode, c_modules))
         strip = self._chunk("untrusted.lua", self._runtime) if sandbox == UNTRUSTED else None
-        typed = None if binding is None else self._chunk("typed.lua", self._runtime)
+        typed = self._typed = None if binding is None else self._chunk("typed.lua", self._runtime)
         self._lua.set_max_memory(memory)
         try:
             text = None if binding is None else binding.encode()
@@ -95,6 +97,32 @@ class Vm:
         except LuaFailure as error:
             return "load", f"an error escaped the loader: {error}"
         return problem, reason.encode(_ENCODING).decode("utf-8", "replace")
+
+    @property
+    def saves(self) -> bool:
+        """Whether the contract, once it has loaded, is a singleton that hands on its state."""
+        return self._typed is not None and bool(self._typed.saves())
+
+    @property
+    def restores(self) -> bool:
+        """Whether it takes up another's state."""
+        return self._typed is not None and bool(self._typed.restores())
+
+    def save(self, size_max: int) -> tuple[bytes, str]:
+        """Return the state of the singleton, and "", or why there is none."""
+        try:
+            state, problem = self._typed.save(size_max)
+        except OutOfLuaMemory:
+            state, problem = None, "save() used more memory than the contract may have"
+        return (state or "").encode(_ENCODING), problem.encode(_ENCODING).decode("utf-8", "replace")
+
+    def restore(self, state: bytes) -> str:
+        """Have the singleton take up state; return "", or why it must not be used."""
+        try:
+            problem: str = self._typed.restore(state)
+        except OutOfLuaMemory:
+            return "restore() used more memory than the contract may have"
+        return problem.encode(_ENCODING).decode("utf-8", "replace")
 
     def _chunk(self, name: str, *arguments: object) -> Any:
         source = _PRELUDE[name].decode(_ENCODING)

@@ -47,8 +47,7 @@ local records, answers
 local pairs_by_key = {}
 local target -- the contract's function
 local is_typed = false -- whether it is a binding, which is told sizes and arena and returns the bytes that it wrote
-local forget_arena -- told when an arena is gone, where the contract is typed
-local pairs_of_arena = {} -- how many are mapped
+local forget_arena -- told when a host is gone, where the contract is typed
 local deadline_ns = 0 -- of the running call
 local timer_ns = 0 -- when the timer fires; 0: not set
 local handled -- whether the handler saw the error: LuaJIT does not call it when memory is out
@@ -241,7 +240,6 @@ return {
     answers = cast("luacell_done *", cast("uintptr_t", answers_address))
   end,
   add_pair = function(arena, index, args_address, out_address, count, args_stride, out_stride)
-    pairs_of_arena[arena] = (pairs_of_arena[arena] or 0) + 1
     pairs_by_key[arena * 65536 + index] = {
       args = byte_pointer(args_address), out = byte_pointer(out_address),
       count = count, args_stride = args_stride, out_stride = out_stride,
@@ -249,13 +247,13 @@ return {
   end,
   remove_pair = function(arena, index)
     pairs_by_key[arena * 65536 + index] = nil
-    local left = (pairs_of_arena[arena] or 1) - 1
-    pairs_of_arena[arena] = left > 0 and left or nil
-    if left == 0 and forget_arena then
-      arm_for(FORGET_LIMIT_S)
-      forget_arena(arena)
-      disarm()
-    end
+  end,
+  -- A host is gone, and all its pairs were removed.
+  forget = function(arena)
+    if not forget_arena then return end
+    arm_for(FORGET_LIMIT_S)
+    forget_arena(arena)
+    disarm()
   end,
   set_target = function(callable) target = callable end,
   set_typed_target = function(callable, forget)

@@ -76,6 +76,7 @@ end
 local function handler(value)
   return cut(cut(described(value), REASON_MAX - 1024) .. traceback("", 2), REASON_MAX)
 end
+runtime.state_handler = handler
 
 -- The implementation of a typed contract is a table of functions, which a binding puts between it and memory.
 local function bind(typed, binder, implementation)

@@ -14,6 +14,7 @@ local bit = require("bit")
 
 local cast, copy, fill, istype, new, string_of = ffi.cast, ffi.copy, ffi.fill, ffi.istype, ffi.new, ffi.string
 local type, tostring, tonumber, error, pcall, pairs, setmetatable = type, tostring, tonumber, error, pcall, pairs, setmetatable
+local xpcall = xpcall
 local floor, format, remove_at = math.floor, string.format, table.remove
 local band = bit.band
 local fail = runtime.api.fail
@@ -307,6 +308,38 @@ local function instance_of(arena, number)
   fail(STALE_HANDLE, "the instance is gone: its worker was replaced; a new proxy gets a new one")
 end
 
+-- -- state -------------------------------------------------------------------------------------------------------
+-- A singleton may hand its state to the worker that follows: `save()` returns a string, `restore(text)` takes it up.
+-- Functions of the contract by these names are just that.
+local hooks = {}
+
+local function find_hooks(functions_by_name)
+  for _, name in pairs({ "save", "restore" }) do
+    local method = singleton[name]
+    if type(method) == "function" and not functions_by_name[name] then hooks[name] = method end
+  end
+end
+
+function typed.saves() return hooks.save ~= nil end
+function typed.restores() return hooks.restore ~= nil end
+
+-- Returns the state, or nothing and why there is none.
+function typed.save(size_max)
+  local fine, state = xpcall(hooks.save, runtime.state_handler, singleton)
+  if not fine then return nil, "save() failed: " .. tostring(state) end
+  if type(state) ~= "string" then return nil, "save() returned " .. shown(state) .. ", not a string" end
+  if #state > size_max then
+    return nil, format("save() returned %d bytes; the limit is %d", #state, size_max)
+  end
+  return state, ""
+end
+
+-- Returns why the state could not be taken up, or "".
+function typed.restore(state)
+  local fine, reason = xpcall(hooks.restore, runtime.state_handler, singleton, state)
+  return fine and "" or "restore() failed: " .. tostring(reason)
+end
+
 -- -- dispatch ----------------------------------------------------------------------------------------------------
 -- Returns the function that a worker calls. `functions` are the binding's, by id: each takes the instance, arena,
 -- payload, its size, out and its size, and returns the bytes it wrote.
@@ -317,7 +350,12 @@ function typed.bind(table_of_methods, is_singleton, functions, names, count, nam
       return nil, format("%s: the implementation has no function %s", title, names[id])
     end
   end
-  if is_singleton then singleton = make() end
+  if is_singleton then
+    singleton = make()
+    local functions_by_name = {}
+    for id = 0, count - 1 do functions_by_name[names[id]] = true end
+    find_hooks(functions_by_name)
+  end
   return function(fn_id, payload, out, args_size, out_size, arena)
     local number = 0
     if fn_id >= IN_INSTANCE then
