@@ -400,6 +400,29 @@ def test_worker_with_grants_is_started_for_its_contract_and_kept_for_nobody_else
     assert kinds(bench) == [UNGRANTED, GRANTED], "no spare has grants"
 
 
+def test_spares_of_a_level_go_with_its_last_contract() -> None:
+    bench = Bench(spares=1)
+    spare = bench.ready()
+    bench.serve(1, sandbox="hardened")
+    bench.serve(2, sandbox="hardened")
+    bench.ready()
+    bench.effects = []
+    bench.catalogue.remove(1, bench.now_ns, bench.effects)
+    assert {worker.confinement for worker in bench.workforce.blank} == {UNGRANTED, HARDENED}
+    bench.catalogue.remove(2, bench.now_ns, bench.effects)
+    assert list(bench.workforce.blank) == [spare]
+
+
+def test_spare_that_comes_up_when_its_level_is_no_longer_used_goes() -> None:
+    bench = Bench()
+    bench.ready()
+    bench.serve(sandbox="hardened")
+    spare = next(each for each in bench.workforce.by_id.values() if each.state is STARTING)
+    bench.catalogue.remove(CONTRACT, bench.now_ns, [])
+    bench.ready(spare)
+    assert bench.only(KillWorker).worker is spare
+
+
 def test_worker_with_grants_that_nobody_waits_for_goes() -> None:
     bench = Bench(spares=0)
     bench.register(read="/srv", private=True)

@@ -34,6 +34,7 @@ from luacell.protocol.limits import LOAD_LIMIT_NS, NS_PER_MS, NS_PER_S, START_LI
 
 BACKOFF_FIRST_NS: Final = 10 * NS_PER_MS
 BACKOFF_MAX_NS: Final = 5 * NS_PER_S
+UNWANTED: Final = "nobody is served by such a worker"
 HOST_LEAVES: Final = "its worker host is to end"
 STARTS_AT_ONCE_MAX: Final = 8  # forks of ~7 ms each that may be under way together
 
@@ -74,7 +75,7 @@ class Workforce:
         self.deaths: Counter[str] = Counter()
         self.has_host = False
         self.floor = DEFAULT  # what the worker host makes of `default`, as far as its workers have told
-        self.levels_in_use = {DEFAULT}
+        self._users: dict[Contract, str] = {}  # contracts without grants that have asked for a worker: their level
         self.posture: dict[str, tuple[Layer, ...]] = {}  # by level: of the last worker of it that became ready
 
     @property
@@ -91,7 +92,7 @@ class Workforce:
         """Get a worker for a contract: a blank one that is confined as it must be, or the next that becomes ready."""
         confinement = self._confinement_of(contract)
         if not confinement.has_grants:
-            self.levels_in_use.add(confinement.level)
+            self._users[contract] = contract.record.settings.sandbox
         worker = next((each for each in self.blank if each.confinement == confinement), None)
         if worker is not None:
             self.blank.remove(worker)
@@ -124,7 +125,7 @@ class Workforce:
     def _missing(self) -> list[Confinement]:
         """Return how the workers are to be confined that are waited for, or missing as spares, and not under way."""
         coming = Counter(worker.confinement for worker in self.by_id.values() if worker.state in (STARTING, BLANK))
-        spares = [Confinement(level) for level in sorted(self.levels_in_use) for _ in range(self.spares_wanted)]
+        spares = [Confinement(level) for level in sorted(self._levels_in_use) for _ in range(self.spares_wanted)]
         missing = []
         for confinement in [*map(self._confinement_of, self.waiting), *spares]:
             if coming[confinement]:
@@ -132,6 +133,11 @@ class Workforce:
             else:
                 missing.append(confinement)
         return missing
+
+    @property
+    def _levels_in_use(self) -> set[str]:
+        """Levels that have spares: the floor, and those of contracts that have asked for a worker and are served."""
+        return {self.floor} | {stricter(level, self.floor) for level in set(self._users.values())}
 
     def _confinement_of(self, contract: Contract) -> Confinement:
         return contract.record.settings.confinement.at_least(self.floor)
@@ -149,7 +155,6 @@ class Workforce:
         if worker.confinement.level == level:
             return
         self.floor = stricter(self.floor, level)
-        self.levels_in_use = {stricter(each, self.floor) for each in self.levels_in_use}
         for each in self.by_id.values():
             each.confinement = each.confinement.at_least(self.floor)
 
@@ -163,8 +168,8 @@ class Workforce:
         if contract is not None:
             self.blank.remove(worker)
             self._assign(worker, contract, now_ns, effects)
-        elif worker.confinement.has_grants:
-            self.doom(worker, "nobody waits for its grants any more", now_ns, effects)
+        elif worker.confinement.has_grants or worker.confinement.level not in self._levels_in_use:
+            self.doom(worker, UNWANTED, now_ns, effects)
         self.replenish(now_ns, effects)
 
     def loaded(self, worker: Worker) -> None:
@@ -225,6 +230,15 @@ class Workforce:
     def withdraw(self, contract: Contract) -> None:
         """Forget that a contract waits for a worker."""
         self.waiting.pop(contract, None)
+
+    def forget(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
+        """A contract is no longer served; if it was the last one of its level, that level's spares go."""
+        self.withdraw(contract)
+        if self._users.pop(contract, None) is None:
+            return
+        in_use = self._levels_in_use
+        for worker in [each for each in self.blank if each.confinement.level not in in_use]:
+            self.doom(worker, UNWANTED, now_ns, effects)
 
     def _assign(self, worker: Worker, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
         worker.state = LOADING

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from luacell.protocol import headers, messages
-from luacell.protocol.confinement import DEFAULT, Confinement
+from luacell.protocol.confinement import DEFAULT, SANDBOX_LEVELS, Confinement
 from luacell.protocol.errors import ProtocolError
 from luacell.protocol.headers import Op
 from luacell.protocol.limits import KIB, NS_PER_S
@@ -115,6 +115,9 @@ class WorkerHost:
         self._epoll.register(self._end, select.EPOLLIN)
         self._epoll.register(self._outputs.descriptor, select.EPOLLIN)
         unbuffer_stdio()
+        with contextlib.suppress(OSError):  # then the start of a worker tells
+            for level in SANDBOX_LEVELS:
+                self._prepare(Confinement(level))
         gc.collect()
         gc.freeze()  # the pages of what exists now stay shared with every worker
         try:
