@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from benchmarks.idle import add_contracts, add_idle_workers, idle_hosts, objection
-from benchmarks.measure import Figure, Target, compare, interleave, latency, plus, rate
+from benchmarks.measure import Figure, Series, Target, compare, interleave, latency, plus, rate
 from benchmarks.peers import bare_relay, in_process_lua, pipe_ping_pong, plain_copies
 from benchmarks.pipelined import pipelined_host
 from benchmarks.service import ECHO, MIB, TAKE, served
+from benchmarks.typed import RECORD_LIMIT_US, record_round_trip, scaling
 from luacell.client import AsyncLuaHostBridge, LuaHostBridge
 
 SMALL = 64
@@ -35,6 +36,8 @@ SEVERAL_PER_MESSAGE = Target(0.4, 1.0, at_least=True)
 IDLE = Target(1.25, 1.1)
 ARGUMENT = Target(1.5, 1.2)
 LARGE_ECHO = Target(1.4, 1.1)
+TYPED = Target(1.3, 1.15)
+RECORD = Target(1.0, 0.5)  # of RECORD_LIMIT_US
 
 
 @dataclass
@@ -279,6 +282,18 @@ def inline(scale: Scale) -> list[Figure]:
     return figures
 
 
+def typed(scale: Scale) -> list[Figure]:
+    """A call by values beside one with the bytes at hand; and what values of a record cost their host."""
+    with served() as (bridge, _):
+        ways = {name: latency(way, scale.calls) for name, way in scaling(bridge).items()}
+        taken = interleave({**ways, "record": latency(record_round_trip(), scale.calls)}, scale.batches)
+    limit = Series((RECORD_LIMIT_US,) * scale.batches, RECORD_LIMIT_US)
+    return [
+        compare("typed", "typed (u8, f64, bool) -> f64", "us", taken["typed"], "raw call", taken["raw"], TYPED),
+        compare("typed", "record of 9 fields to bytes and back", "us", taken["record"], "limit", limit, RECORD),
+    ]
+
+
 def size_text(size: int) -> str:
     for unit, factor in (("MiB", MIB), ("KiB", KIB)):
         if size >= factor:
@@ -294,4 +309,5 @@ GROUPS: dict[str, Callable[[Scale], list[Figure]]] = {
     "sizes": sizes,
     "callers": callers,
     "inline": inline,
+    "typed": typed,
 }

@@ -24,6 +24,7 @@ NAMES = {
     "sizes": {f"echo of {size}" for size in SIZES},
     "callers": {"asyncio bridge, 1 task", "asyncio bridge, 50 tasks", "bridge, 16 threads"},
     "inline": {"inline over TCP, echo of 64 B", "inline over TCP, echo of 1 MiB"},
+    "typed": {"typed (u8, f64, bool) -> f64", "record of 9 fields to bytes and back"},
 }
 TARGETS = {
     "brokered, 64 B": (1.5, 1.25),
@@ -34,6 +35,8 @@ TARGETS = {
     "with 5 registered contracts": (1.25, 1.1),
     "1 MiB argument": (1.5, 1.2),
     "echo of 16 MiB": (1.4, 1.1),
+    "typed (u8, f64, bool) -> f64": (1.3, 1.15),
+    "record of 9 fields to bytes and back": (1.0, 0.5),
 }
 
 

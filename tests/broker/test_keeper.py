@@ -81,7 +81,7 @@ def test_changes_are_made_and_reported_in_the_order_they_were_asked_for(
     store.full = {3}
     for number in range(6):
         report = partial(note, number)
-        keeper.remove(number, report) if number % 2 else keeper.put(record_of(number), report)
+        keeper.remove([number], report) if number % 2 else keeper.put(record_of(number), report)
     store.may_go_on.release(6)
     for _ in range(6):
         inbox.get(timeout=LIMIT_S)()

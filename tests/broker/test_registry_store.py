@@ -119,6 +119,27 @@ def test_remove_leaves_the_others(store: RegistryStore) -> None:
     assert store.records() == [record_of(2, modules={"shared": b"shared"})]
 
 
+def test_several_are_removed_at_once_or_none(store: RegistryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 2, 3):
+        store.put(record_of(number))
+    forget = store._forget_sources
+    seen: list[object] = []
+
+    def fail_at_the_second(digests: set[bytes]) -> None:
+        seen.append(digests)
+        if len(seen) == 2:
+            raise sqlite3.OperationalError("disk full")
+        forget(digests)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_forget_sources", fail_at_the_second)
+        with pytest.raises(StoreError):
+            store.remove(1, 3)
+    assert [record.id for record in store.records()] == [1, 2, 3]
+    store.remove(1, 3)
+    assert [record.id for record in store.records()] == [2]
+
+
 def count_of(path: Path, table: str) -> int:
     database = sqlite3.connect(path)
     try:

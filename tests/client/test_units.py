@@ -9,10 +9,11 @@ import pytest
 
 from luacell.client import VmRegistrationFailed
 from luacell.client.deployment import Deployment
-from luacell.client.units import deploying, difference
+from luacell.client.units import deploying, difference, undeploying
 from luacell.protocol import messages
 from luacell.protocol.api import Contract, parse
-from luacell.protocol.messages import Commit, Message, Register, Reply
+from luacell.protocol.errors import ContractNotFound
+from luacell.protocol.messages import Commit, Message, Register, Reply, Unregister
 from tests.support.contracts import DOUBLE, write_deployment
 
 TYPES = """
@@ -111,3 +112,25 @@ def test_what_was_loaded_is_dropped_after_a_failure(deployment: Deployment, erro
     assert dropped == Commit(7, ids, serve=False)
     with pytest.raises(type(error)):
         questions.send(Reply(7))
+
+
+def test_a_unit_is_removed_by_one_request() -> None:
+    rows = [
+        {
+            "id": messages.id_bytes(number),
+            "name": f"host.n{number}",
+            "version": "1.0.0",
+            "deadline_us": 1,
+            "stateless": False,
+            "workers": 1,
+            "unit": "unit" if number < 3 else "",
+        }
+        for number in (1, 2, 3)
+    ]
+    questions = undeploying("unit")
+    next(questions)
+    removal = asked(questions.send(Reply(7, body={"contracts": rows, "total": 3})))
+    assert removal == Unregister(7, messages.id_bytes(1), messages.id_bytes(2))
+    with pytest.raises(StopIteration) as ended:
+        questions.throw(ContractNotFound(1))
+    assert [ref.id for ref in ended.value.value] == [1, 2]

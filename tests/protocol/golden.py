@@ -116,7 +116,10 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
         "one contract": messages.Commit(request_id=9, contracts=_CONTRACT, serve=True),
         "none, after all": messages.Commit(request_id=10, contracts=_CONTRACT, serve=False),
     },
-    Op.UNREGISTER: {"by id": messages.Unregister(request_id=2, contract=_CONTRACT)},
+    Op.UNREGISTER: {
+        "by id": messages.Unregister(request_id=2, contract=_CONTRACT),
+        "two at once": messages.Unregister(request_id=2, contract=_CONTRACT, others=_CONTRACT[::-1]),
+    },
     Op.LIST: {"the second page": messages.List(request_id=3, first=500)},
     Op.DESCRIBE: {"a contract": messages.Describe(request_id=8, contract=_CONTRACT)},
     Op.HEALTH: {"a question": messages.Health(request_id=4)},

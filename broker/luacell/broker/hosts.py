@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,7 +203,7 @@ class Hosts:
         if self._keeper.is_full:
             self._outbox.send_reply(_too_many_changes(request))
             return
-        ids = [id_of(asked.contracts[start : start + 8]) for start in range(0, len(asked.contracts), 8)]
+        ids = _ids_of(asked.contracts)
         effects: list[Effect] = []
         change = self._dispatcher.catalogue.commit if asked.serve else self._dispatcher.catalogue.release
         change(request, ids, time.monotonic_ns(), effects)
@@ -214,26 +214,32 @@ class Hosts:
         contract_id = id_of(asked.contract)
         request = Request(peer, asked.request_id)
         contract = self._dispatcher.catalogue.serving.get(contract_id)
-        if contract is None or contract.record.owner not in (None, peer):
-            self._outbox.send_reply(_not_found(request))
-        elif contract.record.owner == peer:
+        if contract is not None and contract.record.owner == peer:
             self._perform(self._dispatcher.unregister(contract_id, time.monotonic_ns()))
             self._outbox.send_reply(SendReply(request))
+            return
+        ids = self._public((contract_id, *_ids_of(asked.others)))
+        if not ids:
+            self._outbox.send_reply(_not_found(request))
         elif self._keeper.is_full:
             self._outbox.send_reply(_too_many_changes(request))
         else:
-            self._keeper.remove(contract_id, lambda problem: self._on_removed(request, contract_id, problem))
+            self._keeper.remove(ids, lambda problem: self._on_removed(request, ids, problem))
 
-    def _on_removed(self, request: Request, contract_id: int, problem: str) -> None:
-        """A contract is no longer in the registry's file, or could not be removed and stays."""
-        contract = self._dispatcher.catalogue.serving.get(contract_id)
+    def _public(self, ids: Iterable[int]) -> list[int]:
+        """Return those of some ids under which there are contracts that anybody may call."""
+        serving = self._dispatcher.catalogue.serving
+        return [each for each in dict.fromkeys(ids) if each in serving and serving[each].record.owner is None]
+
+    def _on_removed(self, request: Request, ids: Sequence[int], problem: str) -> None:
+        """Contracts are no longer in the registry's file, or could not be removed and stay."""
         if problem:
             self._outbox.send_reply(SendReply(request, "Unavailable", AbiErrorCode.UNAVAILABLE, problem))
-        elif contract is None or contract.record.owner is not None:  # another host's request was faster
-            self._outbox.send_reply(_not_found(request))
-        else:
+            return
+        left = self._public(ids)
+        for contract_id in left:
             self._perform(self._dispatcher.unregister(contract_id, time.monotonic_ns()))
-            self._outbox.send_reply(SendReply(request))
+        self._outbox.send_reply(SendReply(request) if left else _not_found(request))  # another host was faster
 
     def _on_list(self, peer: bytes, count: int, message: bytes) -> None:
         asked = decode(messages.List, message)
@@ -348,6 +354,11 @@ class Hosts:
 def _too_many_changes(request: Request) -> SendReply:
     reason = f"{CHANGES_MAX} changes of the registry wait to be written; try again"
     return SendReply(request, "Busy", AbiErrorCode.BUSY, reason)
+
+
+def _ids_of(packed: bytes) -> list[int]:
+    """Read contract ids that travel as one field."""
+    return [id_of(packed[start : start + 8]) for start in range(0, len(packed), 8)]
 
 
 def _not_found(request: Request) -> SendReply:

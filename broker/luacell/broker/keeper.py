@@ -63,9 +63,9 @@ class Keeper:
         """Write several contracts, all or none; as `put`."""
         self._ask(partial(self._store.put, *records), report)
 
-    def remove(self, contract_id: int, report: Report) -> None:
-        """Remove a contract; as `put`."""
-        self._ask(partial(self._store.remove, contract_id), report)
+    def remove(self, contract_ids: Sequence[int], report: Report) -> None:
+        """Remove contracts, all or none; as `put`."""
+        self._ask(partial(self._store.remove, *contract_ids), report)
 
     def stop(self) -> None:
         """End the thread and close the store; changes that are not written yet are not, and nobody was told so."""

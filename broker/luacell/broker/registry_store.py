@@ -275,17 +275,17 @@ class RegistryStore:
         )
         self._forget_sources(before - sources.keys())
 
-    def remove(self, contract_id: int) -> None:
-        """Remove a contract, if it is there.
+    def remove(self, *contract_ids: int) -> None:
+        """Remove contracts, those that are there, all or none.
 
         Raises:
-            StoreError: it could not be removed; it is there.
+            StoreError: they could not be removed; they are there.
         """
-        raw_id = _key(contract_id)
         with self._translated("write"), self._transaction():
-            before = self._digests_of(raw_id)
-            self._database.execute("DELETE FROM contracts WHERE id = ?", (raw_id,))
-            self._forget_sources(before)
+            for raw_id in map(_key, contract_ids):
+                before = self._digests_of(raw_id)
+                self._database.execute("DELETE FROM contracts WHERE id = ?", (raw_id,))
+                self._forget_sources(before)
 
     def close(self) -> None:
         """Close the file; what was written is in it."""

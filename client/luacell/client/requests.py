@@ -67,9 +67,10 @@ def commitment(contract_ids: Iterable[int], *, serve: bool) -> Request:
     return lambda number: messages.Commit(request_id=number, contracts=raw, serve=serve)
 
 
-def unregistration(contract_id: int) -> Request:
-    """Return the request that removes a contract."""
-    return lambda number: messages.Unregister(request_id=number, contract=id_bytes(contract_id))
+def unregistration(contract_id: int, *others: int) -> Request:
+    """Return the request that removes a contract, or several at once."""
+    more = b"".join(map(id_bytes, others))
+    return lambda number: messages.Unregister(request_id=number, contract=id_bytes(contract_id), others=more)
 
 
 def description(contract_id: int) -> Request:

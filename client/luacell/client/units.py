@@ -108,9 +108,8 @@ def undeploying(name_or_directory: str | os.PathLike[str]) -> Questions[list[Con
                     f"unit {name!r} cannot be removed: unit {other.unit!r} requires {line}, which is its {needed} "
                     f"({needed.version}); undeploy {other.unit!r} first"
                 )
-    for info in own:
-        with contextlib.suppress(ContractNotFound):  # somebody was faster
-            yield Question(unregistration(info.id), info.id)
+    with contextlib.suppress(ContractNotFound):  # somebody was faster
+        yield Question(unregistration(*(info.id for info in own)), own[0].id)
     return [ContractRef(info.id, info.name, _version(info)) for info in own]
 
 

@@ -199,11 +199,16 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Unregister:
-    """A host removes a contract; its calls in flight end first, queued ones fail with 100."""
+    """A host removes a contract, or several at once; calls in flight end first, queued ones fail with 100.
+
+    Attributes:
+        others: ids of more contracts, 8 bytes each; all that are there are removed in one transaction.
+    """
 
     OP: ClassVar[Op] = Op.UNREGISTER
     request_id: int = integer(1, U64_MAX)
     contract: bytes = contract_id()
+    others: bytes = blob(0, 8 * HELD_CONTRACTS_MAX, b"")
 
 
 @dataclass(frozen=True, slots=True)
