@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer, with pip and venv; every target sets up .venv by itself when it is missing or stale.
 # Another interpreter: make test PYTHON=python3.13
-.PHONY: help demo test test-soak check fix bench setup clean
+.PHONY: help demo test test-soak faults check fix bench setup clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,6 +18,9 @@ test: .venv/.dev  ## run the tests
 
 test-soak: .venv/.dev  ## run the long tests, 10 minutes at most; some of them: make test-soak SOAK="kills --seed 7"
 	$(BIN)/python -m tests.soak $(SOAK)
+
+faults: .venv/.dev  ## run the fault catalogue and write its results into docs/faults.md
+	$(BIN)/python -m tests.faults.document
 
 check: .venv/.dev  ## what CI runs: format, lint, types, imports, compose file, tests with coverage
 	$(BIN)/ruff format --check

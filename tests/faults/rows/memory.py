@@ -1,0 +1,19 @@
+"""Part M: shared memory."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.faults.rows.row import Row
+
+ROWS: Final = (
+    Row("M01", "the contract writes to its arguments", "WORKER_CRASHED, signal 11, began yes", "mapped read-only"),
+    Row("M02", "the contract makes its arguments writable", "refused", "sealed against new writers; no open of /proc"),
+    Row("M03", "a worker or a host resizes a segment", "EPERM", "seals"),
+    Row("M04", "sizes and slots that are out of range", "BAD_REQUEST, StaleHandle", "the broker's books"),
+    Row("M05", "handles that are unknown, foreign, freed, off by one", "StaleHandle, UNAUTHORIZED", "generations"),
+    Row("M08", "the contract writes past `out`", "its own memory at most; WORKER_CRASHED beyond", "an arena each"),
+    Row("M12", "kill -9 of a host that holds 100 slots", "its memory is back within 2 s", "its pidfd"),
+    Row("M13", "kill -9 of worker, broker, all", "nothing is left", "memory without names"),
+    Row("M17", "sizes 0, 1, a page and its neighbours, the limit, one more", "exact bytes; TOO_LARGE", "checked twice"),
+)

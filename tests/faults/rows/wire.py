@@ -1,0 +1,17 @@
+"""Part Z: ZeroMQ and the wire."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.faults.rows.row import Row
+
+ROWS: Final = (
+    Row("Z24", "a second broker on the same endpoint", "it refuses to start", "a lock in the run directory"),
+    Row("Z25", "stale sockets; a run directory that is too long or too open", "none; named", "checked before binding"),
+    Row(
+        "Z26", "the broker is down at connect, at send, while waiting", "UNAVAILABLE by the deadline", "pidfd, linger 0"
+    ),
+    Row("Z27", "a bridge that is used after a fork", "BridgeForked; the parent goes on", "os.register_at_fork"),
+    Row("Z28", "a bridge that is used by many threads", "each gets its own answer", "call ids"),
+)
