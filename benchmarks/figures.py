@@ -17,6 +17,8 @@ from benchmarks.idle import add_contracts, add_idle_workers, idle_hosts, objecti
 from benchmarks.measure import Figure, Series, Target, compare, interleave, latency, plus, rate
 from benchmarks.peers import bare_relay, in_process_lua, pipe_ping_pong, plain_copies
 from benchmarks.pipelined import pipelined_host
+from benchmarks.sandbox import calls as sandboxed_calls
+from benchmarks.sandbox import starts
 from benchmarks.service import ECHO, MIB, TAKE, served
 from benchmarks.typed import RECORD_LIMIT_US, record_round_trip, scaling
 from luacell.client import AsyncLuaHostBridge, LuaHostBridge
@@ -301,6 +303,10 @@ def size_text(size: int) -> str:
     return f"{size} B"
 
 
+def sandbox(scale: Scale) -> list[Figure]:
+    return [*starts(scale.batches, max(2, scale.calls // 20)), *sandboxed_calls(scale.batches, scale.calls)]
+
+
 GROUPS: dict[str, Callable[[Scale], list[Figure]]] = {
     "sequential": sequential,
     "in-flight": in_flight,
@@ -310,4 +316,5 @@ GROUPS: dict[str, Callable[[Scale], list[Figure]]] = {
     "callers": callers,
     "inline": inline,
     "typed": typed,
+    "sandbox": sandbox,
 }

@@ -25,6 +25,7 @@ NAMES = {
     "callers": {"asyncio bridge, 1 task", "asyncio bridge, 50 tasks", "bridge, 16 threads"},
     "inline": {"inline over TCP, echo of 64 B", "inline over TCP, echo of 1 MiB"},
     "typed": {"typed (u8, f64, bool) -> f64", "record of 9 fields to bytes and back"},
+    "sandbox": {"start, default", "start, hardened", "start, untrusted", "call, hardened"},
 }
 TARGETS = {
     "brokered, 64 B": (1.5, 1.25),
@@ -37,6 +38,7 @@ TARGETS = {
     "echo of 16 MiB": (1.4, 1.1),
     "typed (u8, f64, bool) -> f64": (1.3, 1.15),
     "record of 9 fields to bytes and back": (1.0, 0.5),
+    "call, hardened": (1.05, 1.02),
 }
 
 

@@ -25,6 +25,13 @@ AS_THE_FILES_SAY = (
     "import ctypes, os, sys; [ctypes.CDLL(None).prctl(24, each, 0, 0, 0) for each in (1, 2)];"
     "os.execv(sys.argv[1], sys.argv[1:])",
 )
+# Runs a command where landlock_create_ruleset is a call that the kernel does not know.
+WITHOUT_LANDLOCK = (
+    *(sys.executable, "-c"),
+    "import os, sys; from luacell.worker.sandbox import attributes, bpf, seccomp; attributes.forgo_privileges();"
+    "seccomp.install(bpf.assemble([bpf.Rule('landlock', 444, bpf.UNKNOWN)], otherwise=bpf.ALLOW));"
+    "os.execv(sys.argv[1], sys.argv[1:])",
+)
 
 
 class Serving:

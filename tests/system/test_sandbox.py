@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,11 @@ from luacell.client import DeploymentError, LuaHostBridge, VmRegistrationFailed
 from luacell.client.deployment import Deployment
 from tests.support.contracts import PROBE, deploy, function, write_deployment
 from tests.support.processes import Processes, broker_pid, run_directory, worker_of
-from tests.support.serving import PYTHON, Serving
+from tests.support.serving import PYTHON, WITHOUT_LANDLOCK, Serving
 from tests.support.waiting import LIMIT_S, eventually
 
 pytestmark = pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filters are written for x86-64")
 
-# Runs a command where landlock_create_ruleset is a call that the kernel does not know.
-WITHOUT_LANDLOCK = (
-    *(sys.executable, "-c"),
-    "import os, sys; from luacell.worker.sandbox import attributes, bpf, seccomp; attributes.forgo_privileges();"
-    "seccomp.install(bpf.assemble([bpf.Rule('landlock', 444, bpf.UNKNOWN)], otherwise=bpf.ALLOW));"
-    "os.execv(sys.argv[1], sys.argv[1:])",
-)
 # Answers 1 where what the arguments say, evaluated, is true; else 0.
 EVALUATE = function("out[0] = assert(loadstring('return ' .. ffi.string(args, fn_id)))() and 1 or 0")
 DIAL = """
