@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from tests.faults.rows import contracts, failures, memory, processes, wire
+from tests.faults.rows import contracts, failures, memory, processes, security, wire
 from tests.faults.rows.row import Row
 
 PARTS: Final[Mapping[str, tuple[Row, ...]]] = {
@@ -19,6 +19,7 @@ PARTS: Final[Mapping[str, tuple[Row, ...]]] = {
     "Processes and supervision": processes.ROWS,
     "Shared memory": memory.ROWS,
     "ZeroMQ and the wire": wire.ROWS,
+    "Security": security.ROWS,
     "The n-th operation fails": failures.ROWS,
 }
 ROWS: Final[Mapping[str, Row]] = {row.id: row for rows in PARTS.values() for row in rows}

@@ -219,8 +219,25 @@ def level(request: pytest.FixtureRequest, serving: LuaHostBridge) -> Iterator[st
     serving.unregister_host_contract(PROBE)
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("name", PROBES)
+ALSO = {  # rows of the catalogue that an attempt belongs to besides S12
+    **dict.fromkeys(("socket", "connect", "bind"), "C40b"),
+    "fork": "C41",
+    "kill": "C48",
+    "execve": "C52",
+    "posix_spawn": "C53",
+    "chdir": "C56",
+}
+BY_PYTHON = {"open": "C60", "openat": "C60", "execve": "C61", "posix_spawn": "C61"}
+
+
+def _named(name: str, route: str) -> str:
+    rows = ["S12", ALSO.get(name), BY_PYTHON.get(name) if route == "python" else None]
+    return f"{'_'.join(filter(None, rows))}_{name}-{route}"
+
+
+@pytest.mark.parametrize(
+    ("name", "route"), [pytest.param(name, route, id=_named(name, route)) for name in PROBES for route in ROUTES]
+)
 def test_s12_attempt_is_refused(serving: LuaHostBridge, level: str, name: str, route: str) -> None:
     probe = PROBES[name]
     fn_id = list(PROBES).index(name) * len(ROUTES) + ROUTES.index(route)
@@ -234,7 +251,7 @@ def test_s12_attempt_is_refused(serving: LuaHostBridge, level: str, name: str, r
 
 
 # -- what must still work ----
-def test_hardened_contracts_have_c_modules_and_their_own(serving: LuaHostBridge, tmp_path: Path) -> None:
+def test_s12_hardened_contracts_have_c_modules_and_their_own(serving: LuaHostBridge, tmp_path: Path) -> None:
     present = [path for path in C_MODULES if path.exists()]
     uses = "".join(f" .. type(require('{path.stem}'))" for path in present)
     (tmp_path / "own").mkdir()
@@ -251,7 +268,7 @@ def test_hardened_contracts_have_c_modules_and_their_own(serving: LuaHostBridge,
 
 
 @pytest.mark.parametrize("module", ["cjson.nothing", "socket", "own.nothing"])
-def test_hardened_contract_is_told_which_module_it_lacks(serving: LuaHostBridge, module: str) -> None:
+def test_s12_hardened_contract_is_told_which_module_it_lacks(serving: LuaHostBridge, module: str) -> None:
     with pytest.raises(VmRegistrationFailed, match=f"no C module '{module}' among those of the worker host"):
         deploy(serving, f"require('{module}') return function() end", OTHER, sandbox="hardened")
 
@@ -259,19 +276,19 @@ def test_hardened_contract_is_told_which_module_it_lacks(serving: LuaHostBridge,
 LUA_ATTEMPTS = {
     "C50": "os.execute('true') == 0 or os.execute('true') == true",
     "C51": "io.popen('true')",
-    "C54 a secret file": "io.open('/etc/passwd')",
-    "C54 own memory": "io.open('/proc/self/mem', 'r')",
-    "C54 another's memory": "io.open('/proc/1/environ')",
-    "C55 write": "io.open('/tmp/luacell-escape', 'w')",
-    "C55 write beside the libraries": "io.open('/usr/lib/luacell-escape', 'w')",
-    "C55 temporary file": "io.tmpfile()",
-    "C55 remove": "os.remove('/etc/passwd-')",
-    "C55 rename": "os.rename('/etc/passwd-', '/tmp/luacell-escape')",
-    "C56 the registry": "io.open('{run}/state/registry.db')",
-    "C56 the run directory": "io.open('{run}/broker.lock', 'a')",
-    "C58 python": "python or package.loaded.python",
-    "C59 python by require": "(pcall(require, 'python'))",
-    "S11 the environment": "os.getenv('PATH') or os.getenv('HOME')",
+    "C54_a secret file": "io.open('/etc/passwd')",
+    "C54_own memory": "io.open('/proc/self/mem', 'r')",
+    "C54_another's memory": "io.open('/proc/1/environ')",
+    "C55_write": "io.open('/tmp/luacell-escape', 'w')",
+    "C55_write beside the libraries": "io.open('/usr/lib/luacell-escape', 'w')",
+    "C55_temporary file": "io.tmpfile()",
+    "C55_remove": "os.remove('/etc/passwd-')",
+    "C55_rename": "os.rename('/etc/passwd-', '/tmp/luacell-escape')",
+    "C56_the registry": "io.open('{run}/state/registry.db')",
+    "C56_the run directory": "io.open('{run}/broker.lock', 'a')",
+    "C58_python": "python or package.loaded.python",
+    "C59_python by require": "(pcall(require, 'python'))",
+    "S11_the environment": "os.getenv('PATH') or os.getenv('HOME')",
 }
 
 
@@ -414,12 +431,12 @@ def run(bridge: LuaHostBridge, text: str) -> str:
 
 
 @pytest.mark.parametrize("name", WAYS_OUT)
-def test_untrusted_contract_finds_no_way_out(untrusted: LuaHostBridge, name: str) -> None:
+def test_s12u_untrusted_contract_finds_no_way_out(untrusted: LuaHostBridge, name: str) -> None:
     answer = run(untrusted, WAYS_OUT[name])
     assert answer in ("nil", "false") or answer.startswith("raised: "), answer
 
 
-def test_untrusted_contract_reaches_nothing_but_lua(untrusted: LuaHostBridge) -> None:
+def test_s12u_untrusted_contract_reaches_nothing_but_lua(untrusted: LuaHostBridge) -> None:
     assert run(untrusted, WALK) == ""
 
 
@@ -438,15 +455,15 @@ def test_untrusted_contract_reaches_nothing_but_lua(untrusted: LuaHostBridge) ->
         ("return select(2, pcall(luacell.deadline)) > 0", "true"),
     ],
 )
-def test_untrusted_contract_has_what_is_harmless(untrusted: LuaHostBridge, text: str, answer: str) -> None:
+def test_s12u_untrusted_contract_has_what_is_harmless(untrusted: LuaHostBridge, text: str, answer: str) -> None:
     assert run(untrusted, text) == answer
 
 
-def test_untrusted_contract_fails_as_others_do(untrusted: LuaHostBridge) -> None:
+def test_s12u_untrusted_contract_fails_as_others_do(untrusted: LuaHostBridge) -> None:
     with pytest.raises(HostContractCallFailed, match="no words"):
         run(untrusted, "return setmetatable({}, { __tostring = function() error('no words') end })")
 
 
-def test_raw_contract_cannot_be_untrusted(serving: LuaHostBridge) -> None:
+def test_s12u_raw_contract_cannot_be_untrusted(serving: LuaHostBridge) -> None:
     with pytest.raises(BadRequest, match="typed contracts only: raw ones need FFI"):
         deploy(serving, "return function() end", OTHER, sandbox="untrusted")

@@ -46,6 +46,9 @@ def function(body: str) -> str:
     return f'local ffi = require("ffi")\nreturn function(fn_id, args, out)\n{body}\nend\n'
 
 
+# Answers 1 where what the arguments say, evaluated, is true; else 0.
+EVALUATE = function("out[0] = assert(loadstring('return ' .. ffi.string(args, fn_id)))() and 1 or 0")
+
 # Answers args with the function id in its second number; fn 3 fails with what it was given, fn 4 crashes.
 NUMBERED = function("""
   local number = ffi.cast("uint32_t *", args)[0]
@@ -118,3 +121,13 @@ CALL_FAILED = AbiErrorCode.HOST_CONTRACT_CALL_FAILED
 CRASHED = AbiErrorCode.WORKER_CRASHED
 DEADLINE = AbiErrorCode.DEADLINE_EXCEEDED
 NO_MEMORY = AbiErrorCode.OUT_OF_MEMORY
+
+
+def holds(bridge: LuaHostBridge, text: str, name: str = PROBE) -> bool:
+    """Tell whether what a contract with EVALUATE is asked is true there."""
+    return bridge.call(name, len(text), text.encode(), 1) == b"\1"
+
+
+def rows_of_level(bridge: LuaHostBridge, level: str) -> dict[str, bool]:
+    """Return which layers of a level are in force, as a service tells."""
+    return {row["layer"]: row["in_force"] for row in bridge.health()["sandbox"] if row["level"] == level}

@@ -13,15 +13,13 @@ import pytest
 
 from luacell.client import DeploymentError, LuaHostBridge, VmRegistrationFailed
 from luacell.client.deployment import Deployment
-from tests.support.contracts import PROBE, deploy, function, write_deployment
+from tests.support.contracts import EVALUATE, PROBE, deploy, holds, rows_of_level, write_deployment
 from tests.support.processes import Processes, broker_pid, run_directory, worker_of
-from tests.support.serving import PYTHON, WITHOUT_LANDLOCK, Serving
+from tests.support.serving import PYTHON, Serving
 from tests.support.waiting import LIMIT_S, eventually
 
 pytestmark = pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filters are written for x86-64")
 
-# Answers 1 where what the arguments say, evaluated, is true; else 0.
-EVALUATE = function("out[0] = assert(loadstring('return ' .. ffi.string(args, fn_id)))() and 1 or 0")
 DIAL = """
 local function dial(port)
   local fd = ffi.C.socket(2, 1, 0)
@@ -34,16 +32,8 @@ end
 """
 
 
-def holds(bridge: LuaHostBridge, text: str, name: str = PROBE) -> bool:
-    return bridge.call(name, len(text), text.encode(), 1) == b"\1"
-
-
 def spares(bridge: LuaHostBridge) -> list[str]:
     return sorted(worker["sandbox"] for worker in bridge.health()["workers"] if worker["state"] == "blank")
-
-
-def rows(bridge: LuaHostBridge, level: str) -> dict[str, bool]:
-    return {row["layer"]: row["in_force"] for row in bridge.health()["sandbox"] if row["level"] == level}
 
 
 # -- grants ----
@@ -153,34 +143,12 @@ def test_floor_lifts_every_contract_and_is_shown(tmp_path: Path) -> None:
         assert not holds(bridge, "io.open('/usr/bin/env')")
         assert bridge.health()["posture"]["level"] == "hardened"
         assert {worker["sandbox"] for worker in bridge.health()["workers"]} == {"hardened"}
-        assert rows(bridge, "hardened")["landlock"] and not rows(bridge, "hardened")["W^X"]
+        assert rows_of_level(bridge, "hardened")["landlock"] and not rows_of_level(bridge, "hardened")["W^X"]
         with pytest.raises(VmRegistrationFailed, match="level 'hardened' has none"):
             deploy(bridge, EVALUATE, "host.granted@1", read=["/srv"])
 
 
 # -- what cannot be had ----
-def test_s15_without_landlock_the_default_level_says_so_and_hardened_contracts_are_refused(tmp_path: Path) -> None:
-    with (
-        Serving(tmp_path / "run", prefix=WITHOUT_LANDLOCK) as serving,
-        LuaHostBridge.connect(serving.run_directory) as bridge,
-    ):
-        deploy(bridge, EVALUATE)
-        assert holds(bridge, "io.open('/etc/passwd')"), "nothing hides it"
-        assert rows(bridge, "default")["landlock"] is False
-        assert rows(bridge, "default")["seccomp"] is True
-        with pytest.raises(VmRegistrationFailed, match="sandbox layer landlock is not available"):
-            deploy(bridge, EVALUATE, "host.hardened@1", sandbox="hardened")
-
-
-def test_s15_floor_that_cannot_be_had_is_a_refusal_to_start(tmp_path: Path) -> None:
-    command = [*WITHOUT_LANDLOCK, *PYTHON, "-m", "luacell.cli.serve", "--run-dir", str(tmp_path / "run")]
-    ended = subprocess.run(
-        [*command, "--sandbox", "hardened"], capture_output=True, text=True, timeout=LIMIT_S, check=False
-    )
-    assert ended.returncode == 78
-    assert "sandbox level 'hardened' cannot be had: sandbox layer landlock is not available" in ended.stderr
-
-
 @pytest.mark.parametrize(
     ("path", "words"),
     [("/nowhere/x.so", "cannot be loaded"), ("/etc/passwd", "does not end with .so")],
@@ -193,37 +161,6 @@ def test_c_module_that_cannot_be_loaded_is_a_refusal_to_start(tmp_path: Path, pa
 
 
 # -- what is hidden ----
-def test_s11_secrets_of_the_environment_are_in_no_worker_s_memory(tmp_path: Path) -> None:
-    secret = "secret-" + os.urandom(8).hex()
-    with (
-        Serving(tmp_path / "run", environment={"LUACELL_TEST_SECRET": secret, "TZ": "UTC"}) as serving,
-        LuaHostBridge.connect(serving.run_directory) as bridge,
-    ):
-        deploy(bridge, EVALUATE)
-        assert not holds(bridge, "os.getenv('LUACELL_TEST_SECRET')")
-        assert holds(bridge, "os.getenv('TZ') == 'UTC'")
-        with closing(worker_of(bridge, PROBE)) as worker:
-            assert _is_in_memory(worker.pid, b"loadstring") is (os.geteuid() == 0), "this finds what is there"
-            assert not _is_in_memory(worker.pid, secret.encode())
-
-
-def _is_in_memory(pid: int, wanted: bytes) -> bool:
-    """Tell whether a process holds some bytes; only root may look, to others it is hidden altogether."""
-    if os.geteuid() != 0:
-        return False
-    with Path(f"/proc/{pid}/mem").open("rb") as memory:
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            first, last = (int(each, 16) for each in line.split()[0].split("-"))
-            if " r" in line and "[v" not in line and last - first < 1 << 28:
-                memory.seek(first)
-                try:
-                    if wanted in memory.read(last - first):
-                        return True
-                except OSError:
-                    continue
-    return False
-
-
 def test_no_process_of_a_service_is_dumpable(bridge: LuaHostBridge) -> None:
     # What /proc shows of a process that is not dumpable belongs to root; tests that run as root see no difference.
     deploy(bridge, EVALUATE)
