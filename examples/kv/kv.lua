@@ -36,4 +36,27 @@ function Store:keys()
   return keys
 end
 
+-- Deployed anew, the store goes on where it was: what the old one saves, the new one restores. An entry is three numbers
+-- (bytes of the key, bytes of the value, revision) in a line, the key, and the value.
+function Store:save()
+  local parts = { string.format("%.0f\n", self.revision) }
+  for key, entry in pairs(self.entries) do
+    parts[#parts + 1] = string.format("%d %d %.0f\n", #key, #entry.value, entry.revision) .. key .. entry.value
+  end
+  return table.concat(parts)
+end
+
+function Store:restore(text)
+  local revision, at = text:match("^(%d+)\n()")
+  self.revision = tonumber(revision)
+  while at <= #text do
+    local key_size, value_size, entry_revision, key_at = text:match("^(%d+) (%d+) (%d+)\n()", at)
+    local value_at = key_at + key_size
+    at = value_at + value_size
+    self.entries[text:sub(key_at, value_at - 1)] =
+      { found = true, revision = tonumber(entry_revision), value = text:sub(value_at, at - 1) }
+    self.count = self.count + 1
+  end
+end
+
 return Store

@@ -44,6 +44,17 @@ def test_what_is_wrong_is_told_with_its_place(tmp_path: Path, manifest: str, api
     assert ended.out == ""
 
 
+def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+    manifest = (
+        MANIFEST.replace('api = "api.toml"', 'api = "api.toml"\nrequires = 7\nunits = 1')
+        + 'workers = 0\nmemory = "1"\ndeadline = "x"\nstateless = 1\n[contract."host.none"]\nsource = "none.lua"\n'
+    )
+    ended = luacell("validate", str(write_typed(tmp_path / "kinds", manifest=manifest)))
+    assert ended.code == 2
+    places = ("2:12", "3:1", "7:11", "8:10", "9:12", "10:13", "11:11")
+    assert all(f"luacell.toml:{place}: " in ended.errors for place in places), ended.errors
+
+
 @pytest.mark.parametrize(
     ("lua", "told"),
     [("this is no Lua", "kinds.lua:1:"), (LUA.replace("Kinds:points", "Kinds:pints"), "points")],

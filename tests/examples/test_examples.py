@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from luacell.client import LuaHostBridge
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LIMIT_S = 60.0
 
@@ -56,3 +58,17 @@ def test_pipeline_reads_any_file(tmp_path: Path) -> None:
         "Station 1: 20 x 0.0 / 15.5 / 37.0 C",
     ]
     assert done.stdout.endswith("two\nlines: 1 x 20.0 / 20.0 / 20.0 C\n")
+
+
+def test_store_that_is_deployed_anew_keeps_its_entries(bridge: LuaHostBridge) -> None:
+    bridge.deploy(EXAMPLES / "kv")
+    store = bridge.contract("host.kv")
+    values = {"": b"", "two\nlines": bytes(range(256)), "ключ": b"7 8 9\n" * 1000}
+    revisions = {key: store.put(key, value) for key, value in values.items()}
+    for _ in range(2):
+        bridge.deploy(EXAMPLES / "kv")
+    for key, value in values.items():
+        entry = store.get(key)
+        assert (entry.found, entry.revision, entry.value) == (True, revisions[key], value)
+    assert store.keys() == sorted(values, key=str.encode)
+    assert store.put("more", b"") == len(values) + 1

@@ -9,9 +9,10 @@ import difflib
 import os
 import re
 import tomllib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from luacell.client.function import LuaFunction
 from luacell.protocol.api import Api, ApiError, contracts_named, find_contract, parse
@@ -32,6 +33,8 @@ from luacell.protocol.limits import (
     WORKERS_PER_CONTRACT_MAX,
 )
 from luacell.protocol.messages import API_MODULE, REQUIRES_MODULE, UNIT_MODULE, UNIT_NAME_MAX, Settings
+
+T = TypeVar("T")
 
 MANIFEST: Final = "luacell.toml"
 MODULES_MAX: Final = 1000
@@ -60,7 +63,10 @@ _SIZE_BYTES: Final = {"B": 1, "KiB": KIB, "MiB": MIB, "GiB": 1024 * MIB}
 
 
 class DeploymentError(LuacellError):
-    """A deployment directory is not right; the text names file, table, key, value and what is allowed."""
+    """A deployment directory is not right; the text names file, table, key, value and what is allowed.
+
+    Where more than one thing is wrong, each has a line.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +109,23 @@ class Deployment:
         _refuse_unknown(manifest, (), tables, _TOP_KEYS)
         contracts = tables.get("contract")
         if not isinstance(contracts, dict) or not contracts:
-            raise DeploymentError(f'{manifest.at("contract")}: names no contract; add a table [contract."host.name@1"]')
+            manifest.note(f'{manifest.at("contract")}: names no contract; add a table [contract."host.name@1"]')
+            contracts = {}
         if len(contracts) > HELD_CONTRACTS_MAX:
-            raise DeploymentError(
+            manifest.note(
                 f"{manifest.at('contract')}: has {len(contracts)} contracts; the limit is {HELD_CONTRACTS_MAX}"
             )
-        api_text, api = _read_api(directory, manifest, tables)
-        name, requires = _read_name(directory, manifest, tables), _read_requires(manifest, tables)
-        units = tuple(_read_unit(directory, manifest, title, table, api) for title, table in contracts.items())
-        modules = _read_modules(directory)
+        no_requires: tuple[ContractRef, ...] = ()
+        no_api: tuple[bytes, Api | None] = b"", None
+        no_modules: dict[str, bytes] = {}
+        name = manifest.noting(lambda: _read_name(directory, manifest, tables), "")
+        requires = manifest.noting(lambda: _read_requires(manifest, tables), no_requires)
+        api_text, api = manifest.noting(lambda: _read_api(directory, manifest, tables), no_api)
+        if api is None and "api" in tables:  # the contracts cannot be looked at without it
+            contracts = {}
+        units = tuple(_read_units(directory, manifest, contracts, api))
+        modules = manifest.noting(lambda: _read_modules(directory), no_modules)
+        manifest.check()
         if api_text:
             modules[API_MODULE] = api_text
         modules[UNIT_MODULE] = name.encode()
@@ -137,6 +151,28 @@ class _Manifest:
     def __init__(self, path: Path, text: str) -> None:
         self._path = path
         self._positions = Positions(text)
+        self._problems: list[str] = []
+
+    def note(self, problem: str) -> None:
+        """Remember what is wrong, to go on and find what else is."""
+        self._problems.append(problem)
+
+    def noting(self, read: Callable[[], T], default: T) -> T:
+        """Return what is read; where it is wrong, note that and return the default."""
+        try:
+            return read()
+        except DeploymentError as error:
+            self.note(str(error))
+            return default
+
+    def check(self) -> None:
+        """Return where nothing is wrong.
+
+        Raises:
+            DeploymentError: with all that was noted.
+        """
+        if self._problems:
+            raise DeploymentError("\n".join(self._problems))
 
     def at(self, *keys: str) -> str:
         """Return the place of a value, or of the table that lacks it."""
@@ -178,16 +214,19 @@ class _Table:
     def error(self, key: str, wanted: str) -> DeploymentError:
         return DeploymentError(f"{self._where(key)}: {key} = {self._values.get(key)!r} is not {wanted}")
 
+    def _wrong(self, key: str, wanted: str, default: T) -> T:
+        """Note a value that is wrong, and go on with another."""
+        self._manifest.note(str(self.error(key, wanted)))
+        return default
+
     def boolean(self, key: str) -> bool:
         value = self._values.get(key, False)
-        if not isinstance(value, bool):
-            raise self.error(key, "true or false")
-        return value
+        return value if isinstance(value, bool) else self._wrong(key, "true or false", False)
 
     def integer(self, key: str, default: int, low: int, high: int) -> int:
         value = self._values.get(key, default)
         if type(value) is not int or not low <= value <= high:
-            raise self.error(key, f"an integer in {low}..{high}")
+            return self._wrong(key, f"an integer in {low}..{high}", default)
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -213,7 +252,8 @@ class _Table:
         match = _DURATION.fullmatch(self.text(key))
         value = round(float(match[1]) * _DURATION_US[match[2]]) if match else 0
         if not 1 <= value <= DEADLINE_MAX_US:
-            raise self.error(key, f'a duration such as "250ms", over 0 and at most {DEADLINE_MAX_US // 1_000_000} s')
+            wanted = f'a duration such as "250ms", over 0 and at most {DEADLINE_MAX_US // 1_000_000} s'
+            return self._wrong(key, wanted, default)
         return value
 
     def size(self, key: str, default: int, low: int, high: int) -> int:
@@ -222,7 +262,7 @@ class _Table:
         match = _SIZE.fullmatch(self.text(key))
         value = int(match[1]) * _SIZE_BYTES[match[2]] if match else 0
         if not low <= value <= high:
-            raise self.error(key, f'a size such as "64MiB", from {low // MIB} MiB to {high // MIB} MiB')
+            return self._wrong(key, f'a size such as "64MiB", from {low // MIB} MiB to {high // MIB} MiB', default)
         return value
 
 
@@ -284,6 +324,15 @@ def _read_ref(manifest: _Manifest, name: str, api: Api | None) -> ContractRef:
     declared = ", ".join(map(str, api.host_contracts)) or "none"
     problem = "names several versions; write its major" if found else "is not declared in the api"
     raise DeploymentError(f"{where}: {problem}; declared: {declared}")
+
+
+def _read_units(directory: Path, manifest: _Manifest, contracts: dict[str, Any], api: Api | None) -> Iterator[Unit]:
+    """Yield the contracts that can be read; note what is wrong with the others."""
+    for title, table in contracts.items():
+        try:
+            yield _read_unit(directory, manifest, title, table, api)
+        except DeploymentError as error:
+            manifest.note(str(error))
 
 
 def _read_unit(directory: Path, manifest: _Manifest, name: str, values: object, api: Api | None) -> Unit:
@@ -385,4 +434,4 @@ def _refuse_unknown(
             close = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
             where = f' [{table[0]}."{table[1]}"]' if table else ""
-            raise DeploymentError(f"{manifest.at_key(*table, key)}:{where} unknown key {key!r}{hint}")
+            manifest.note(f"{manifest.at_key(*table, key)}:{where} unknown key {key!r}{hint}")
