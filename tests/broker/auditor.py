@@ -29,6 +29,7 @@ from tests.broker.simulated_server import TICK_NS, TIME_STEP_NS
 if TYPE_CHECKING:
     from tests.broker.simulation import Simulation
 
+INQUIRY_NS = 50 * NS_PER_MS  # how long it may take to find out what a process is doing
 LATE_NS = BUCKET_NS + TIME_STEP_NS + TICK_NS  # what a deadline may be missed by: the timer's and the shell's share
 OUT_SIZE = 8  # bytes that every call asks for
 
@@ -68,6 +69,7 @@ class Truth:
     code: int | None = None  # of the result, once `done` carried its number
     finished_ns: int = 0  # when that was
     causes: list[Cause] = field(default_factory=list)  # of the deaths it was there for
+    inspected_ns: int = 0  # when it was past its time and its process was to be looked at
     run_out_ns: int = 0  # when it has run for the limit of the contract that it was sent to
     workers: list[int] = field(default_factory=list)
 
@@ -241,6 +243,8 @@ class Auditor:
             case model.KillWorker(worker):
                 self.note("kill", worker.id, worker.verdict)
                 self._saw_kill(worker)
+            case model.InspectWorker(worker):
+                self._saw_inspection(worker)
             case model.DropPair(pair):
                 self.note("drop", pair.key)
                 self._saw_drop(pair)
@@ -314,6 +318,18 @@ class Auditor:
         is_deaf = now_ns >= truth.finished_ns + KILL_AFTER_NS
         self.demand(truth.code is None or is_deaf, "worker", worker.id, "is killed for", truth, "which it has finished")
 
+    def _saw_inspection(self, worker: model.Worker) -> None:
+        """Look at a process only for a call that it runs, that is past its time and that has no answer."""
+        assert worker.call is not None
+        truth = self._by_call[worker.call]
+        self.note("inspect", truth.number, worker.id)
+        now_ns = self.world.schedule.now_ns
+        is_due = now_ns >= min(truth.deadline_ns, truth.run_out_ns)
+        self.demand(is_due and truth.is_marked, truth, "is inspected and not past its time, or not begun")
+        is_first = not truth.answers and not truth.inspected_ns and truth.code is None
+        self.demand(is_first or truth.is_lied_about, truth, "is inspected and has its answer")
+        truth.inspected_ns = now_ns
+
     def _check_back_off(self, worker: model.Worker) -> None:
         contract = worker.contract
         assert contract is not None
@@ -342,7 +358,9 @@ class Auditor:
         assert truth is not None
         self._answer(truth, f"failure {effect.code.name}, began {effect.began}", is_kept=effect.slot == "kept")
         ran_out = truth.code == effect.code == AbiErrorCode.OUT_OF_MEMORY  # the broker says so in its own words
-        self.demand(ran_out or truth.code is None, truth, "was finished and is answered", effect.code.name)
+        is_overdue = 0 < truth.inspected_ns <= truth.finished_ns  # it was to be told so before it was finished
+        is_right = ran_out or is_overdue or truth.code is None
+        self.demand(is_right, truth, "was finished and is answered", effect.code.name)
         self.demand(effect.began != "yes" or truth.is_marked, truth, "is said to have begun")
         self.demand(effect.began != "no" or not truth.is_begun, truth, "is said not to have begun")
         truth.is_denied = effect.began == "no"
@@ -427,7 +445,8 @@ class Auditor:
     def _check_times(self) -> None:
         now_ns = self.world.schedule.now_ns
         for truth in self._unanswered:
-            self.demand(now_ns <= truth.deadline_ns + LATE_NS, truth, "has no answer after its deadline")
+            grace_ns = LATE_NS + (INQUIRY_NS + LATE_NS if truth.inspected_ns else 0)
+            self.demand(now_ns <= truth.deadline_ns + grace_ns, truth, "has no answer after its deadline")
         for request, asked_ns in self._requests.items():
             is_late = now_ns > asked_ns + REGISTRATION_LIMIT_NS + LATE_NS
             self.demand(not is_late, "request", request, "has no answer")
@@ -447,7 +466,7 @@ class Auditor:
                 worker = call.worker
                 self.demand(worker is not None and call in worker.held, truth, "is held by nobody")
                 assert worker is not None
-                is_over = truth.answers or truth.is_host_gone
+                is_over = truth.answers or truth.is_host_gone or _has_inquiry(dispatcher, call)
                 is_watched = _has_timer(dispatcher, call) or (is_over and _is_watched(dispatcher, worker))
                 self.demand(bool(is_watched), truth, "runs without a timer")
         in_flight = self.world.server.books.slots_in_flight
@@ -532,3 +551,9 @@ def _is_watched(dispatcher: Dispatcher, worker: model.Worker) -> bool:
 
 def _has_timer(dispatcher: Dispatcher, call: model.Call) -> bool:
     return call.timer is not None and call in dispatcher._wheel.buckets.get(call.timer, {})
+
+
+def _has_inquiry(dispatcher: Dispatcher, call: model.Call) -> bool:
+    """Whether a call's host is told that it is past its time, soon and in any case."""
+    inquiry = call.inquiry
+    return inquiry is not None and inquiry in dispatcher._wheel.buckets.get(inquiry.timer, {})

@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from luacell.broker.books import Books, Pair, PairState, Refusal
-from luacell.broker.causes import UNKNOWN, Cause
+from luacell.broker.causes import UNKNOWN, Cause, Vitals
 from luacell.broker.dispatcher import Dispatcher
 from luacell.broker.model import (
     Call,
     Effect,
+    InspectWorker,
     LoadWorker,
     Request,
     SendCall,
@@ -37,6 +38,7 @@ HOST, OTHER_HOST = b"h" * 16, b"o" * 16
 CONTRACT = 1
 KILLED = Cause(signal=9)
 SEGFAULT = Cause(signal=11)
+VITALS = Vitals(cpu_us=240_000, memory=9 << 20, state="R (running)")
 
 E = TypeVar("E")
 
@@ -62,9 +64,11 @@ class Bench:
     Attributes:
         effects: of the last event.
         stores_at_once: whether contracts are stored as soon as that is asked for.
+        inspects_at_once: whether it is known at once what a worker's process is doing, which is `VITALS`.
     """
 
     stores_at_once = True
+    inspects_at_once = True
 
     def __init__(self, spares: int = 1, *, window: int = 0, has_worker_host: bool = True) -> None:
         self._window = window
@@ -117,6 +121,15 @@ class Bench:
         """Let time pass, and tell the dispatcher afterwards."""
         self.now_ns += int(duration_ms * NS_PER_MS)
         self.effects = self.dispatcher.time_passed(self.now_ns)
+        for effect in of_kind(self.effects, InspectWorker) if self.inspects_at_once else ():
+            self.effects = [each for each in self.effects if each is not effect]
+            self.effects += self.dispatcher.worker_inspected(*effect, VITALS, self.now_ns)
+        return self.effects
+
+    def inspected(self, call: Call, vitals: Vitals) -> list[Effect]:
+        """It is known what the process of the worker that holds a call is doing."""
+        assert call.worker is not None
+        self.effects = self.dispatcher.worker_inspected(call.worker, call.sequence, vitals, self.now_ns)
         return self.effects
 
     def join_worker_host(self) -> list[StartWorker]:

@@ -24,6 +24,7 @@ class Slot:
     out_size: int = 0
     error_size: int = 0
     flags: int = 0
+    cpu_us: int = 0
     out: int = 0
 
 
@@ -49,7 +50,7 @@ class Memory:
     def look(self, call: Call) -> Answer:
         """Return what the worker has written into the call's slot."""
         slot = self.slot_of(call)
-        return Answer(slot.begun, slot.done, slot.code, slot.out_size, slot.error_size, slot.flags)
+        return Answer(slot.begun, slot.done, slot.code, slot.out_size, slot.error_size, slot.flags, slot.cpu_us)
 
     def withdraw(self, call: Call) -> None:
         """Forbid the worker to begin the call."""

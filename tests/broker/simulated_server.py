@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from luacell.broker import model
 from luacell.broker.books import Books, Pair, PairState, Refusal
-from luacell.broker.causes import UNKNOWN, Cause
+from luacell.broker.causes import UNKNOWN, Cause, Vitals
 from luacell.broker.dispatcher import Dispatcher
 from luacell.broker.model import Effect, Request, SendReply, Worker
 from luacell.broker.registry import ContractRecord, Registry
@@ -66,6 +66,7 @@ class SimulatedServer:
             model.SaveState: self._save_state,
             model.RestoreState: self._restore_state,
             model.KillWorker: self._kill_worker,
+            model.InspectWorker: self._inspect_worker,
             model.DropPair: self._drop_pair,
             model.Record: lambda effect: None,
         }
@@ -382,6 +383,19 @@ class SimulatedServer:
         host, worker_id = self.worker_host, effect.worker.id
         if host is not None:
             host.orders.send(lambda: host.kill(worker_id))
+
+    def _inspect_worker(self, effect: model.InspectWorker) -> None:
+        host, (worker, sequence) = self.worker_host, effect
+        if host is not None:
+            host.orders.send(lambda: host.inspect(worker.id, sequence))
+
+    def on_inspected(self, worker_id: int, sequence: int) -> None:
+        worker = self.workforce.by_id.get(worker_id)
+        if worker is not None:
+            self.world.counts["inspections"] += 1
+            vitals = Vitals(self.now_ns // 1000, 1 << 20, "R (running)", "")
+            self._perform(self.dispatcher.worker_inspected(worker, sequence, vitals, self.now_ns))
+            self._turn()
 
     def _drop_pair(self, effect: model.DropPair) -> None:
         self.memory.drop(effect.pair)

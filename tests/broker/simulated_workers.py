@@ -369,6 +369,13 @@ class SimulatedWorkerHost:
             low_ns, high_ns = (50 * NS_PER_MS, 3 * NS_PER_S)
         schedule.after(schedule.between(low_ns, high_ns), lambda: worker.die(Cause(signal=SIGKILL)))
 
+    def inspect(self, worker_id: int, sequence: int) -> None:
+        """Look at a process, if it lives; now and then that takes too long."""
+        schedule = self.world.schedule
+        worker = self._workers.get(worker_id)
+        if self.is_alive and worker is not None and worker.is_alive and not schedule.chance(0.1):
+            self.reports.send(lambda: self.world.server.on_inspected(worker_id, sequence))
+
     def reap(self, worker: SimulatedWorker, cause: Cause) -> None:
         """A child is dead: report how."""
         self._workers.pop(worker.id, None)

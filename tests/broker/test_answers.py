@@ -4,7 +4,7 @@ import pytest
 
 from luacell.broker import answers
 from luacell.broker.books import Refusal
-from luacell.broker.causes import UNKNOWN, Cause
+from luacell.broker.causes import UNKNOWN, Cause, Vitals
 from luacell.broker.model import Call, Session
 from luacell.protocol.errors import AbiErrorCode, Began
 from luacell.protocol.headers import HAS_ARGS, HAS_OUT
@@ -73,14 +73,21 @@ def test_without_a_reached_bound_nothing_is_over_it(call: Call) -> None:
 def test_a_missed_deadline_names_the_budget(call: Call) -> None:
     failure = answers.deadline_exceeded(call, "yes", call.arrived_ns + 260 * NS_PER_MS, slot="kept")
     assert failure.code is AbiErrorCode.DEADLINE_EXCEEDED
-    assert failure.message == f"{TITLE}: not finished within its deadline 0.25 s; it was running"
+    assert failure.message == f"{TITLE}: not finished within its deadline 0.25 s: queued 0.01 s, ran 0.25 s"
     assert (failure.limit, failure.slot, failure.began) == ("deadline 0.25 s", "kept", "yes")
     assert (failure.queued, failure.ran) == (0.01, 0.25)
 
 
+def test_a_missed_deadline_says_what_the_process_was_doing(call: Call) -> None:
+    now_ns, vitals = call.arrived_ns + 260 * NS_PER_MS, Vitals(7_000_000, 1 << 20, "S (sleeping)", "do_sys_poll")
+    failure = answers.deadline_exceeded(call, "yes", now_ns, cpu=0.24, vitals=vitals)
+    assert failure.message.endswith(": queued 0.01 s, ran 0.25 s, 0.24 s of CPU, state S (sleeping) in do_sys_poll")
+    assert (failure.cpu, failure.state, failure.wchan) == (0.24, "S (sleeping)", "do_sys_poll")
+
+
 def test_another_limit_is_named_in_place_of_the_deadline(call: Call) -> None:
     failure = answers.deadline_exceeded(call, "no", call.sent_ns, limit="run_limit 1 s")
-    assert failure.message == f"{TITLE}: not finished within its run_limit 1 s; it was not begun"
+    assert failure.message == f"{TITLE}: not finished within its run_limit 1 s: it was not begun, queued 0.01 s"
     assert (failure.limit, failure.slot) == ("run_limit 1 s", "free")
 
 

@@ -1,14 +1,15 @@
 import pytest
 
-from luacell.broker.causes import UNKNOWN, Cause
+from luacell.broker.causes import UNKNOWN, Cause, Vitals
 from luacell.broker.dispatcher import SILENCE_MAX_NS
-from luacell.broker.handover import KILL_AFTER_NS
+from luacell.broker.handover import INQUIRY_LIMIT_NS, KILL_AFTER_NS
 from luacell.broker.model import (
     BUSY,
     DOOMED,
     IDLE,
     Call,
     DropPair,
+    InspectWorker,
     KillWorker,
     LoadWorker,
     SendCall,
@@ -21,7 +22,7 @@ from luacell.broker.model import (
 from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.headers import NOT_BEGUN, RETIRE, Done
 from luacell.protocol.limits import CALLS_IN_FLIGHT_MAX, ERROR_TEXT_MAX, NS_PER_MS, QUEUE_MAX
-from tests.broker.bench import CONTRACT, HOST, KILLED, OTHER_HOST, SEGFAULT, Bench, of_kind
+from tests.broker.bench import CONTRACT, HOST, KILLED, OTHER_HOST, SEGFAULT, VITALS, Bench, of_kind
 
 LONG_US = 60_000_000
 DEADLINE = AbiErrorCode.DEADLINE_EXCEEDED
@@ -253,6 +254,96 @@ def test_a_call_is_answered_once_whatever_comes_later(bench: Bench) -> None:
     bench.die(bench.worker(), KILLED)
     assert of_kind(bench.effects, SendReleased) == [SendReleased(HOST, call.header.call_id)]
     assert not bench.has(SendResult)
+
+
+# -- what a process is doing at a deadline ----------------------------------------------------------------------
+@pytest.fixture
+def overdue(bench: Bench) -> Call:
+    """A call that runs and is past its deadline, and whose process is looked at."""
+    bench.inspects_at_once = False
+    call = bench.call()
+    bench.begin(call)
+    bench.slot_of(call).cpu_us = 1_000_000
+    bench.pass_ms(55)
+    assert bench.effects == [InspectWorker(bench.worker(), call.sequence)]
+    return call
+
+
+def test_a_missed_deadline_tells_what_the_process_was_doing(bench: Bench, overdue: Call) -> None:
+    bench.inspected(overdue, Vitals(1_040_000, 1 << 20, "S (sleeping)", "do_sys_poll"))
+    assert bench.effects == [bench.failure]
+    assert (bench.failure.code, bench.failure.began, bench.failure.slot) == (DEADLINE, "yes", "kept")
+    assert (bench.failure.cpu, bench.failure.state, bench.failure.wchan) == (0.04, "S (sleeping)", "do_sys_poll")
+    assert (bench.failure.queued, bench.failure.ran) == (0.0, 0.055)
+    assert not bench.inspected(overdue, VITALS), "it is told once"
+
+
+def test_what_a_contract_has_forged_about_its_time_is_left_out(bench: Bench, overdue: Call) -> None:
+    bench.inspected(overdue, Vitals(999_999, 1 << 20, "R (running)", ""))
+    assert (bench.failure.cpu, bench.failure.state) == (None, "R (running)")
+
+
+def test_a_host_is_told_of_its_deadline_though_nobody_answers_for_the_process(bench: Bench, overdue: Call) -> None:
+    bench.pass_ms(INQUIRY_LIMIT_NS / NS_PER_MS + 4)
+    assert (bench.failure.code, bench.failure.cpu, bench.failure.state) == (DEADLINE, None, "")
+    assert bench.failure.ran == 0.055, "the time until it was due"
+    assert not bench.inspected(overdue, VITALS)
+
+
+def test_the_answer_about_another_hand_over_is_ignored(bench: Bench, overdue: Call) -> None:
+    worker = bench.worker()
+    assert not bench.dispatcher.worker_inspected(worker, overdue.sequence + 1, VITALS, bench.now_ns)
+    assert overdue.inquiry is not None
+
+
+def test_a_call_that_ends_meanwhile_is_told_late_before_its_slot_is_free(bench: Bench, overdue: Call) -> None:
+    bench.done(overdue)
+    assert bench.effects == [bench.failure, SendReleased(HOST, overdue.header.call_id)]
+    assert bench.failure.code is DEADLINE
+
+
+def test_a_call_that_marks_its_end_meanwhile_is_late_all_the_same(bench: Bench, overdue: Call) -> None:
+    bench.finish(overdue)
+    bench.pass_ms(1000)
+    assert bench.failure.code is DEADLINE
+    assert not bench.has(SendResult)
+
+
+def test_a_call_that_its_worker_refuses_meanwhile_had_not_begun(bench: Bench, overdue: Call) -> None:
+    bench.begin(overdue)
+    bench.slot_of(overdue).begun = 0
+    bench.done(overdue, flags=NOT_BEGUN)
+    assert (bench.failure.began, bench.failure.cpu) == ("no", None)
+
+
+def test_a_death_meanwhile_tells_what_is_known_of_the_dead(bench: Bench, overdue: Call) -> None:
+    vitals = Vitals(1_050_000, 1 << 20, "R (running)", "")
+    bench.die(bench.worker(), Cause(signal=9, vitals=vitals))
+    assert (bench.failure.code, bench.failure.cpu, bench.failure.state) == (DEADLINE, 0.05, "R (running)")
+    assert bench.only(SendReleased).call_id == overdue.header.call_id
+
+
+def test_a_host_that_is_gone_is_told_nothing(bench: Bench, overdue: Call) -> None:
+    bench.leave()
+    assert not bench.inspected(overdue, VITALS)
+
+
+def test_a_broker_that_ends_tells_what_it_was_about_to(bench: Bench, overdue: Call) -> None:
+    bench.dispatcher.drain()
+    assert bench.dispatcher.owes
+    bench.effects = bench.dispatcher.cancel_all(bench.now_ns)
+    assert bench.failure.code is DEADLINE
+    assert not bench.dispatcher.owes
+
+
+def test_the_process_of_a_doomed_worker_is_not_looked_at(bench: Bench, worker: Worker) -> None:
+    bench.inspects_at_once = False
+    call = bench.call()
+    bench.begin(call)
+    bench.lose(worker)
+    bench.pass_ms(55)
+    assert bench.effects == [bench.failure]
+    assert bench.failure.code is DEADLINE
 
 
 # -- how long a call may run ------------------------------------------------------------------------------------

@@ -11,15 +11,26 @@ from luacell.broker import answers, carrying, dispatcher, handover, model
 from luacell.broker.books import ARENA_BITS
 from luacell.broker.catalogue import Catalogue
 from luacell.broker.causes import Cause
+from luacell.broker.deaths import Episode
 from luacell.broker.dispatcher import Dispatcher
 from luacell.broker.handover import Handover
-from luacell.broker.model import BUSY, DOOMED, QUEUED, Call, Contract, Effect, KillWorker, SendResult, Worker
+from luacell.broker.model import (
+    BUSY,
+    DOOMED,
+    QUEUED,
+    Call,
+    Contract,
+    Effect,
+    KillWorker,
+    SendReleased,
+    SendResult,
+    Worker,
+)
 from luacell.broker.timers import TimerWheel
 from luacell.broker.workforce import Workforce
 from luacell.protocol import headers
-from luacell.protocol.errors import Began
 from luacell.protocol.headers import Done
-from luacell.protocol.limits import NS_PER_MS
+from luacell.protocol.limits import NS_PER_MS, NS_PER_S
 from luacell.protocol.slots import Answer
 from tests.broker.auditor import Violation
 from tests.broker.simulated_memory import Memory
@@ -129,12 +140,12 @@ def a_call_that_had_begun_is_sent_again(patch: Patch) -> None:
     fail = Dispatcher._fail_buried
 
     def send_again(
-        self: Dispatcher, call: Call, cause: Cause, verdict: str, began: Began, now_ns: int, effects: Effects
+        self: Dispatcher, episode: Episode, cause: Cause, verdict: str, now_ns: int, effects: Effects
     ) -> None:
-        if began == "yes":
-            self._requeue([call], now_ns, effects)
+        if episode.began == "yes":
+            self._requeue([episode.call], now_ns, effects)
         else:
-            fail(self, call, cause, verdict, began, now_ns, effects)
+            fail(self, episode, cause, verdict, now_ns, effects)
 
     patch.setattr(Dispatcher, "_fail_buried", send_again)
 
@@ -198,7 +209,7 @@ def the_calls_behind_the_one_that_a_worker_died_of_are_blamed_too(patch: Patch) 
 
     def blame(self: Dispatcher, calls: list[Call], now_ns: int, effects: Effects) -> None:
         for call in calls[1:]:
-            self._fail_buried(call, Cause(signal=11), "", "no", now_ns, effects)
+            self._fail_buried(Episode(call, "no", 0.0, 0.0, None), Cause(signal=11), "", now_ns, effects)
         requeue(self, calls[:1], now_ns, effects)
 
     patch.setattr(Dispatcher, "_requeue", blame)
@@ -207,6 +218,22 @@ def the_calls_behind_the_one_that_a_worker_died_of_are_blamed_too(patch: Patch) 
 @breakage
 def a_call_that_had_not_begun_is_not_sent_again(patch: Patch) -> None:
     patch.setattr(handover, "ATTEMPTS_MAX", 1)
+
+
+@breakage
+def an_inspection_that_is_not_answered_is_waited_for(patch: Patch) -> None:
+    patch.setattr(handover, "INQUIRY_LIMIT_NS", 10 * NS_PER_S)
+
+
+@breakage
+def a_slot_is_released_before_its_host_was_told_of_the_deadline(patch: Patch) -> None:
+    def release(self: Dispatcher, call: Call, effects: Effects) -> None:
+        call.inquiry = None
+        if call.session.id in self.sessions:
+            effects.append(SendReleased(call.session.id, call.header.call_id))
+        self._end(call, effects)
+
+    patch.setattr(Dispatcher, "_release_answered", release)
 
 
 @breakage

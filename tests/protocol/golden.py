@@ -152,12 +152,16 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
         "a deadline": messages.Failure(
             call_id=2,
             code=256,
-            message="host.logger@1 fn 5: not finished within its deadline 0.25 s; it was running",
+            message="host.logger@1 fn 5: not finished within its deadline 0.25 s: queued 0 s, ran 0.25 s, "
+            "0.2 s of CPU, state S (sleeping) in do_sys_poll",
             slot="kept",
             began="yes",
             limit="deadline 0.25 s",
             queued=0.0,
             ran=0.25,
+            cpu=0.2,
+            state="S (sleeping)",
+            wchan="do_sys_poll",
         ),
         "a contract that no longer loads": messages.Failure(
             call_id=3, code=102, message="VM dispatch failed", kind="ContractLoadFailed", slot="unused"
@@ -242,12 +246,15 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
     },
     Op.START: {"a worker": messages.Start(worker=3, routing_id=_ROUTING_ID)},
     Op.KILL: {"a worker": messages.Kill(worker=3)},
+    Op.INSPECT: {"a worker that runs the call of a hand-over": messages.Inspect(worker=3, sequence=9)},
     Op.END: {"the broker ends": messages.End()},
     Op.STARTED: {
         "with a pidfd and a socketpair's end": messages.Started(worker=3, pid=4322),
     },
     Op.EXITED: {
-        "killed": messages.Exited(worker=3, signal=9),
+        "killed": messages.Exited(
+            worker=3, signal=9, cpu_us=250_000, memory=30 << 20, state="S (sleeping)", wchan="do_sys_poll"
+        ),
         "exited": messages.Exited(worker=4, exit_code=0),
         "not started": messages.Exited(worker=5, problem="a worker could not be started: no memory"),
     },
@@ -256,6 +263,11 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
         "a line": messages.Output(worker=3, stream="stdout", data=b"hello\n"),
         "the end of a flood": messages.Output(worker=3, stream="stderr", data=b"", cut=1 << 33),
         "last words, which are no UTF-8": messages.Output(worker=3, stream="tail", data=b"PANIC: \xff\n"),
+    },
+    Op.INSPECTED: {
+        "one that computes": messages.Inspected(
+            worker=3, sequence=9, cpu_us=250_000, memory=30 << 20, state="R (running)"
+        )
     },
     Op.PIECE: {"the last three bytes of 262147": WithPiece(Piece(3, 262_144, 3), b"end")},
     Op.MORE: {"the first piece was taken": [More(3, 262_144)]},

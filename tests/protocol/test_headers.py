@@ -73,10 +73,12 @@ OPERATIONS = {
     "START": 128,
     "KILL": 129,
     "END": 130,
+    "INSPECT": 131,
     "STARTED": 160,
     "EXITED": 161,
     "LEAVING": 162,
     "OUTPUT": 163,
+    "INSPECTED": 164,
     "PIECE": 192,
     "MORE": 193,
 }
@@ -280,7 +282,7 @@ def test_worker_lays_records_out_as_the_broker_does(
 
 def test_worker_lays_answers_out_as_the_broker_reads_them(layout_of: Any) -> None:
     size, found = layout_of("luacell_answer", " ".join(Answer._fields))
-    assert size == _ANSWER.size == 32
+    assert size == _ANSWER.size == 40
     assert dict(found) == {
         "begun": "0 8",
         "done": "8 8",
@@ -288,8 +290,9 @@ def test_worker_lays_answers_out_as_the_broker_reads_them(layout_of: Any) -> Non
         "out_size": "20 4",
         "error_size": "24 4",
         "flags": "28 4",
+        "cpu_us": "32 8",
     }
-    assert _ANSWER.format == "<QQIIII"
+    assert _ANSWER.format == "<QQIIIIQ"
 
 
 def test_worker_knows_the_same_numbers() -> None:

@@ -102,6 +102,7 @@ def test_slot_is_described_byte_by_byte() -> None:
         ("20", "u32", "out_size"),
         ("24", "u32", "error_size"),
         ("28", "u32", "flags"),
+        ("32", "u64", "cpu_us"),
         (str(PAYLOAD_OFFSET), "bytes", "the results"),
     ]
 

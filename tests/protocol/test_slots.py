@@ -42,7 +42,8 @@ class OutWords(ctypes.LittleEndianStructure):
         ("out_size", ctypes.c_uint32),
         ("error_size", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
-        ("rest_of_lines", ctypes.c_uint8 * 96),
+        ("cpu_us", ctypes.c_uint64),
+        ("rest_of_lines", ctypes.c_uint8 * 88),
         ("payload", ctypes.c_uint8 * 0),
     )
 
@@ -55,6 +56,9 @@ def test_words_of_the_host_and_of_the_broker_lie_in_lines_of_their_own() -> None
 
 def test_payload_lies_behind_the_workers_words() -> None:
     assert OutWords.payload.offset == PAYLOAD_OFFSET
+
+
+U64 = st.integers(0, 2**64 - 1)
 
 
 @steady
@@ -72,7 +76,10 @@ def test_host_and_broker_write_their_words_and_nothing_else(generation: int, seq
 
 
 @steady
-@given(st.tuples(*2 * [st.integers(0, 2**64 - 1)], *4 * [st.integers(0, 2**32 - 1)]), st.integers(0, 100))
+@given(
+    st.tuples(*2 * [st.integers(0, 2**64 - 1)], *4 * [st.integers(0, 2**32 - 1)], st.integers(0, 2**64 - 1)),
+    st.integers(0, 100),
+)
 def test_answer_is_read_where_the_worker_wrote_it(values: tuple[int, ...], offset: int) -> None:
     memory = bytes(offset) + bytes(OutWords(*values)) + b"\xee"
     assert read_answer(memoryview(memory), offset) == Answer(*values)

@@ -120,7 +120,7 @@ def test_endless_call_is_answered_at_its_deadline(bridge: LuaHostBridge, fatal: 
     assert isinstance(late, DeadlineExceeded)
     assert LIMIT_S <= stopwatch.seconds <= LIMIT_S + GRACE_S
     assert (late.began, late.limit) == ("yes", f"deadline {LIMIT_S:g} s")
-    assert f"{fatal} fn {fn_id}: not finished within its deadline 0.3 s; it was running" in late.message
+    assert f"{fatal} fn {fn_id}: not finished within its deadline 0.3 s: queued " in late.message
     assert (late.signal, late.exit_code) == (None, None)
     assert serves(bridge, fatal)
 

@@ -144,7 +144,7 @@ def test_call_is_answered_in_the_slot_and_in_the_record(bench: Bench) -> None:
     bench.function("ffi.copy(out, args, 8)")
     done = bench.call(b"abcdefgh")
     assert done == Done(bench.sequence, AbiErrorCode.OK, 8, 0, 0)
-    assert bench.memory.words(0) == Answer(bench.sequence, bench.sequence, AbiErrorCode.OK, 8, 0, 0)
+    assert bench.memory.words(0)._replace(cpu_us=0) == Answer(bench.sequence, bench.sequence, AbiErrorCode.OK, 8, 0, 0)
     assert bench.memory.payload(0, 8) == b"abcdefgh"
 
 
@@ -182,7 +182,7 @@ def test_call_past_its_deadline_is_not_begun(bench: Bench) -> None:
     for late_ns in (0, 1, 10**9):
         done = bench.call(deadline_ns=time.monotonic_ns() - late_ns)
         assert done == Done(bench.sequence, AbiErrorCode.OK, 0, 0, NOT_BEGUN)
-        assert bench.memory.words(0) == Answer(0, bench.sequence, AbiErrorCode.OK, 0, 0, NOT_BEGUN)
+        assert bench.memory.words(0)._replace(cpu_us=0) == Answer(0, bench.sequence, AbiErrorCode.OK, 0, 0, NOT_BEGUN)
     bench.call()
     assert bench.memory.payload(0, 1) == b"\1", "the function ran for the first time"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from luacell.broker.books import Refusal
-from luacell.broker.causes import SIGKILL, UNKNOWN, Cause
+from luacell.broker.causes import NO_VITALS, SIGKILL, UNKNOWN, Cause, Vitals
 from luacell.broker.model import Call, Contract, SendFailure, Session
 from luacell.protocol import headers
 from luacell.protocol.errors import AbiErrorCode, Began
@@ -115,18 +115,44 @@ def cancelled(call: Call, began: Began, now_ns: int, *, by: str = "its caller", 
     return _failure(call, AbiErrorCode.CANCELLED, text, began, now_ns, slot=slot)
 
 
-def deadline_exceeded(call: Call, began: Began, now_ns: int, *, limit: str = "", slot: str = "free") -> SendFailure:
-    """Say that a call was not finished in time: by its deadline, or by the limit that is named."""
+def deadline_exceeded(
+    call: Call,
+    began: Began,
+    now_ns: int,
+    *,
+    limit: str = "",
+    slot: str = "free",
+    cpu: float | None = None,
+    vitals: Vitals = NO_VITALS,
+) -> SendFailure:
+    """Say that a call was not finished in time: by its deadline, or by the limit that is named.
+
+    `now_ns` is when it was due; `cpu` are the seconds of CPU time that it has taken, where that is known, `vitals` what
+    its worker's process was doing.
+    """
     bound = limit or f"deadline {(call.deadline_ns - call.arrived_ns) / NS_PER_S:g} s"
-    where = "it was not begun" if began == "no" else "it was running"
-    text = f"{call.title}: not finished within its {bound}; {where}"
-    return _failure(call, AbiErrorCode.DEADLINE_EXCEEDED, text, began, now_ns, slot=slot, limit=bound)
+    failure = _failure(call, AbiErrorCode.DEADLINE_EXCEEDED, "", began, now_ns, slot=slot, limit=bound)
+    if began == "no":
+        parts = [f"it was not begun, queued {_seconds(failure.queued)}"]
+    else:
+        parts = [f"queued {_seconds(failure.queued)}", f"ran {_seconds(failure.ran)}"]
+    if cpu is not None:
+        parts.append(f"{_seconds(cpu)} of CPU")
+    if vitals.state:
+        parts.append(f"state {vitals.state}" + (f" in {vitals.wchan}" if vitals.wchan else ""))
+    text = f"{call.title}: not finished within its {bound}: {', '.join(parts)}"
+    return failure._replace(message=text, cpu=cpu, state=vitals.state, wchan=vitals.wchan)
 
 
-def stopped_by_timer(call: Call, began: Began, now_ns: int) -> SendFailure:
+def _seconds(duration: float | None) -> str:
+    return f"{round(duration or 0, 3):g} s"
+
+
+def stopped_by_timer(call: Call, began: Began, now_ns: int, cpu: float | None = None) -> SendFailure:
     """Say that the interval timer of the worker's process ended it: ours, or one that the contract has set."""
     text = f"{call.title}: the worker was ended by its own interval timer, {_at_which(began)}"
-    return _failure(call, AbiErrorCode.DEADLINE_EXCEEDED, text, began, now_ns, limit="the worker's own timer")
+    limit = "the worker's own timer"
+    return _failure(call, AbiErrorCode.DEADLINE_EXCEEDED, text, began, now_ns, limit=limit)._replace(cpu=cpu)
 
 
 def _at_which(began: Began) -> str:
@@ -140,12 +166,12 @@ def out_of_memory(call: Call, now_ns: int, *, slot: str = "free") -> SendFailure
     return _failure(call, AbiErrorCode.OUT_OF_MEMORY, text, "yes", now_ns, slot=slot, limit=bound)
 
 
-def crashed(call: Call, cause: Cause, verdict: str, began: Began, now_ns: int) -> SendFailure:
+def crashed(call: Call, cause: Cause, verdict: str, began: Began, now_ns: int, cpu: float | None = None) -> SendFailure:
     """Say that the worker which held a call died; `verdict` is why this broker killed it, or ""."""
     where = _at_which(began) + ("" if began == "yes" else ", twice")
     why = f" (killed: {verdict})" if verdict and (cause.signal == SIGKILL or cause == UNKNOWN) else ""
     text = f"{call.title}: the worker died with {cause} {where}{why}"
-    return _failure(call, AbiErrorCode.WORKER_CRASHED, text, began, now_ns, cause=cause)
+    return _failure(call, AbiErrorCode.WORKER_CRASHED, text, began, now_ns, cause=cause)._replace(cpu=cpu)
 
 
 def _failure(

@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
 
 SIGALRM = int(signal.SIGALRM)
 SIGKILL = int(signal.SIGKILL)
+
+
+class Vitals(NamedTuple):
+    """What a worker's process was doing, as far as its worker host could tell.
+
+    Attributes:
+        cpu_us: CPU time of its life, or None.
+        memory: bytes of resident memory, at a death the most that it had; or None.
+        state: while it lived, such as "R (running)", or "".
+        wchan: the kernel's function in which it waited then, or "".
+    """
+
+    cpu_us: int | None = None
+    memory: int | None = None
+    state: str = ""
+    wchan: str = ""
+
+
+NO_VITALS: Final = Vitals()
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +38,14 @@ class Cause:
         exit_code: its exit code where it exited, or None.
         problem: why it could not be started, or "".
         last_words: the end of its stderr, for the record of its death alone.
+        vitals: what its process had been doing.
     """
 
     signal: int | None = None
     exit_code: int | None = None
     problem: str = ""
     last_words: str = ""
+    vitals: Vitals = field(default=NO_VITALS, compare=False)
 
     def __str__(self) -> str:
         if self.problem:

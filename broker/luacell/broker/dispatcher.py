@@ -27,7 +27,8 @@ from typing import Final
 
 from luacell.broker import answers, carrying
 from luacell.broker.books import ARENA_BITS, PairState, Refusal
-from luacell.broker.causes import Cause
+from luacell.broker.causes import NO_VITALS, Cause, Vitals
+from luacell.broker.deaths import death_record
 from luacell.broker.handover import (
     KILL_AFTER_NS,
     RETIRED,
@@ -53,6 +54,7 @@ from luacell.broker.model import (
     Contract,
     DropPair,
     Effect,
+    Inquiry,
     Request,
     SendReleased,
     Session,
@@ -89,9 +91,9 @@ class Dispatcher(Handover):
     """
 
     # -- hosts ----------------------------------------------------------------------------------------------
-    def host_joined(self, session_id: bytes) -> None:
-        """A host has introduced itself."""
-        self.sessions.setdefault(session_id, Session(session_id))
+    def host_joined(self, session_id: bytes, name: str = "") -> None:
+        """A host has introduced itself; records have its name where it is known."""
+        self.sessions.setdefault(session_id, Session(session_id, name))
 
     def host_left(self, session_id: bytes, now_ns: int) -> list[Effect]:
         """A host is gone: drop what it has queued, let running calls end, reclaim its memory."""
@@ -439,6 +441,7 @@ class Dispatcher(Handover):
         effects: list[Effect] = []
         was_loading = worker.state is LOADING
         contract = worker.contract
+        effects.append(death_record(worker, cause, self._last_episode(worker, cause, now_ns)))
         self.workforce.died(worker, cause, now_ns, effects)
         self._bury(worker, cause, now_ns, effects)
         if contract is None:
@@ -450,6 +453,14 @@ class Dispatcher(Handover):
         elif was_loading:  # it may have been killed from outside: try once more
             contract.died_loading = True
         self.catalogue.staff(contract, now_ns, effects)
+        return effects
+
+    def worker_inspected(self, worker: Worker, sequence: int, vitals: Vitals, now_ns: int) -> list[Effect]:
+        """It is known what a worker's process was doing at a hand-over's deadline."""
+        effects: list[Effect] = []
+        call = worker.call
+        if call is not None and call.sequence == sequence:
+            self._tell_overdue(call, vitals, effects)
         return effects
 
     def worker_host_leaves(self, now_ns: int) -> list[Effect]:
@@ -513,13 +524,16 @@ class Dispatcher(Handover):
         """Whether a call or a registration has no answer yet."""
         if self.catalogue.pending:
             return True
-        return any(not call.answered for session in self.sessions.values() for call in session.calls.values())
+        calls = (call for session in self.sessions.values() for call in session.calls.values())
+        return any(not call.answered or call.inquiry is not None for call in calls)
 
     def cancel_all(self, now_ns: int) -> list[Effect]:
         """Answer every call that has no answer: the broker ends."""
         effects: list[Effect] = []
         by = "the broker, which is shutting down"
         for session in self.sessions.values():
+            for call in session.calls.values():
+                self._tell_overdue(call, NO_VITALS, effects)
             for call in [call for call in session.calls.values() if not call.answered]:
                 if call.state is QUEUED:
                     call.contract.queue.remove(session, call)
@@ -546,6 +560,8 @@ class Dispatcher(Handover):
                 self._worker_due(subject, now_ns, effects)
             elif isinstance(subject, Contract):
                 self.catalogue.time_passed(subject, now_ns, effects)
+            elif isinstance(subject, Inquiry):
+                self._tell_overdue(subject.call, NO_VITALS, effects)
             else:
                 subject.replenish(now_ns, effects)
         return effects
@@ -584,7 +600,10 @@ class Dispatcher(Handover):
                 run_limit = f"run_limit {call.contract.run_limit_ns / NS_PER_S:g} s"
                 limit = "" if now_ns >= call.deadline_ns else run_limit
                 began = has_begun(call, seen)
-                effects.append(answers.deadline_exceeded(call, began, now_ns, limit=limit, slot="kept"))
+                if began == "yes" and worker.state is not DOOMED:
+                    self._inquire(call, limit, seen, now_ns, effects)
+                else:
+                    effects.append(answers.deadline_exceeded(call, began, now_ns, limit=limit, slot="kept"))
         if is_running and worker.state is not DOOMED:
             self._end_run(call, now_ns, effects)
 

@@ -19,7 +19,8 @@ from typing import Final
 from luacell.broker import answers, carrying
 from luacell.broker.books import Books
 from luacell.broker.catalogue import Catalogue
-from luacell.broker.causes import SIGALRM, Cause
+from luacell.broker.causes import NO_VITALS, SIGALRM, Cause, Vitals
+from luacell.broker.deaths import Episode, cpu_of, episode_of
 from luacell.broker.model import (
     BUSY,
     ENDED,
@@ -32,6 +33,8 @@ from luacell.broker.model import (
     Contract,
     DropPair,
     Effect,
+    Inquiry,
+    InspectWorker,
     SendCall,
     SendReleased,
     SendResult,
@@ -51,6 +54,7 @@ from luacell.protocol.limits import ERROR_TEXT_MAX, NS_PER_MS, NS_PER_S
 from luacell.protocol.slots import Answer
 
 KILL_AFTER_NS: Final = 100 * NS_PER_MS  # at its caller's deadline a call that ran this long costs its worker
+INQUIRY_LIMIT_NS: Final = 50 * NS_PER_MS  # what is asked of a process past a deadline; the promise is 250 ms
 RETIRED: Final = "its VM must not be used again"
 ATTEMPTS_MAX: Final = 2  # a call that was not begun is handed out once more
 
@@ -155,6 +159,7 @@ class Handover:
             if call.answered and call.timer is not None:
                 self._wheel.cancel(call.timer, call)
                 call.timer = None
+            self._tell_overdue(call, NO_VITALS, effects)
             worker.finished.append(call)
             self._go_on(worker, now_ns)
             if seen.flags & headers.RETIRE:
@@ -191,6 +196,7 @@ class Handover:
         unbegun: list[Call] = []
         for call in held:
             seen = self._memory.look(call)
+            self._tell_overdue(call, cause.vitals, effects)
             if seen.done == call.sequence or call.answered:
                 if is_passed_by(call, seen, now_ns):
                     unbegun.append(call)
@@ -200,21 +206,55 @@ class Handover:
             if is_first:
                 is_first = False
                 if seen.begun == call.sequence or call.attempts + 1 >= ATTEMPTS_MAX:
-                    self._fail_buried(call, cause, worker.verdict, has_begun(call, seen), now_ns, effects)
+                    episode = episode_of(call, seen, cause.vitals, now_ns)
+                    self._fail_buried(episode, cause, worker.verdict, now_ns, effects)
                     continue
                 call.attempts += 1
             unbegun.append(call)
         self._requeue(unbegun, now_ns, effects)
 
-    def _fail_buried(
-        self, call: Call, cause: Cause, verdict: str, began: Began, now_ns: int, effects: list[Effect]
-    ) -> None:
+    def _fail_buried(self, episode: Episode, cause: Cause, verdict: str, now_ns: int, effects: list[Effect]) -> None:
         """Answer for a call that its worker has died of."""
+        call, began, _, _, cpu = episode
         if cause.signal == SIGALRM:
-            effects.append(answers.stopped_by_timer(call, began, now_ns))
+            effects.append(answers.stopped_by_timer(call, began, now_ns, cpu))
         else:
-            effects.append(answers.crashed(call, cause, verdict, began, now_ns))
+            effects.append(answers.crashed(call, cause, verdict, began, now_ns, cpu))
         self._end(call, effects)
+
+    def _last_episode(self, worker: Worker, cause: Cause, now_ns: int) -> Episode | None:
+        """Return what a worker that has died was running, if that is anything."""
+        for call in worker.held:
+            seen = self._memory.look(call)
+            if seen.done != call.sequence:
+                return episode_of(call, seen, cause.vitals, now_ns) if is_running(call, seen) else None
+        return None
+
+    def _inquire(self, call: Call, limit: str, seen: Answer, now_ns: int, effects: list[Effect]) -> None:
+        """Have the process of a running call looked at before its host is told that it is past its time.
+
+        The call counts as answered meanwhile; whatever ends it first has its host told first.
+        """
+        inquiry = Inquiry(call, now_ns, limit, seen, 0)
+        inquiry.timer = self._wheel.set(now_ns + INQUIRY_LIMIT_NS, inquiry)
+        call.inquiry = inquiry
+        effects.append(InspectWorker(worker_of(call), call.sequence))
+
+    def _tell_overdue(self, call: Call, vitals: Vitals, effects: list[Effect]) -> None:
+        """Tell the host of a call that was past its time and running, with what is known of it; once."""
+        inquiry, call.inquiry = call.inquiry, None
+        if inquiry is None:
+            return
+        self._wheel.cancel(inquiry.timer, inquiry)
+        if self.sessions.get(call.session.id) is not call.session:
+            return
+        began = has_begun(call, self._memory.look(call))  # its worker may have refused it since
+        shown, cpu = (vitals, cpu_of(inquiry.seen, vitals)) if began == "yes" else (NO_VITALS, None)
+        effects.append(
+            answers.deadline_exceeded(
+                call, began, inquiry.due_ns, limit=inquiry.limit, slot="kept", cpu=cpu, vitals=shown
+            )
+        )
 
     def _requeue(self, calls: list[Call], now_ns: int, effects: list[Effect]) -> None:
         """Let other workers have calls that were not begun, ahead of all others: they have waited longest."""
@@ -370,6 +410,7 @@ class Handover:
         self._end(call, effects)
 
     def _release_answered(self, call: Call, effects: list[Effect]) -> None:
+        self._tell_overdue(call, NO_VITALS, effects)
         if call.session.id in self.sessions:
             effects.append(SendReleased(call.session.id, call.header.call_id))
         self._end(call, effects)

@@ -26,7 +26,7 @@ from luacell.broker.watcher import Watcher, WorkDone
 from luacell.protocol import headers, messages
 from luacell.protocol.errors import AbiErrorCode, ProtocolError
 from luacell.protocol.headers import Op
-from luacell.protocol.memory.channel import ChannelClosed, close_all, peer_pidfd, send_message
+from luacell.protocol.memory.channel import ChannelClosed, close_all, peer_ids, peer_pidfd, send_message
 from luacell.protocol.messages import decode, encode, id_of
 from luacell.protocol.slots import SlotShape
 
@@ -171,7 +171,8 @@ class Hosts:
         role = decode(messages.Hello, message).role
         if role != "host":
             raise ProtocolError(f"role {role!r} is not 'host', as which this peer has introduced itself")
-        self._dispatcher.host_joined(peer)
+        pid, uid = peer_ids(self.links[peer].channel)
+        self._dispatcher.host_joined(peer, f"pid {pid} of uid {uid}")
         self.callers[peer] = self.links[peer]
         self.welcome(peer)
 

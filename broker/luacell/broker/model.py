@@ -67,11 +67,18 @@ class Session:
 
     Attributes:
         id: its routing id.
+        name: the host as people know it, such as "pid 123 of uid 0", or "".
         calls: in flight, by call id; a call leaves when its slot is free.
     """
 
     id: bytes
+    name: str = ""
     calls: dict[int, Call] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The host as records name it."""
+        return self.name or self.id.hex()
 
 
 class Call:
@@ -85,6 +92,7 @@ class Call:
         sent_ns: when its worker was free to begin it, as far as the broker knows; 0 while it waits for that.
         attempts: workers that died when they were about to begin it.
         taken_back: its worker was forbidden to begin it, so that another may.
+        inquiry: it counts as answered, and is answered when its worker's process was looked at.
     """
 
     state: CallState = QUEUED
@@ -94,6 +102,7 @@ class Call:
     sent_ns = 0
     attempts = 0
     taken_back = False
+    inquiry: Inquiry | None = None
     timer: int | None = None
 
     def __init__(
@@ -121,6 +130,24 @@ class Call:
     def title(self) -> str:
         """The call as messages name it."""
         return self.contract.record.title_of(self.header.fn_id)
+
+
+@dataclass(slots=True, eq=False)
+class Inquiry:
+    """A call is past its time and runs: what its process is doing is found out before its host is told.
+
+    Attributes:
+        due_ns: when it was past its time.
+        limit: the bound that was hit, or "" for its deadline.
+        seen: what its slot said then.
+        timer: when its host is told in any case.
+    """
+
+    call: Call
+    due_ns: int
+    limit: str
+    seen: Answer
+    timer: int
 
 
 @dataclass(slots=True, eq=False)
@@ -277,7 +304,7 @@ class Waiter(Protocol):
         """Act on it."""
 
 
-Subject = Call | Worker | Contract | Waiter
+Subject = Call | Worker | Contract | Inquiry | Waiter
 
 
 class Request(NamedTuple):
@@ -330,6 +357,9 @@ class SendFailure(NamedTuple):
     limit: str = ""
     queued: float | None = None
     ran: float | None = None
+    cpu: float | None = None
+    state: str = ""
+    wchan: str = ""
 
 
 class SendReleased(NamedTuple):
@@ -395,6 +425,13 @@ class KillWorker(NamedTuple):
     worker: Worker
 
 
+class InspectWorker(NamedTuple):
+    """Find out what a worker's process is doing; `worker_inspected` tells, unless it dies or its worker host does."""
+
+    worker: Worker
+    sequence: int
+
+
 class DropPair(NamedTuple):
     """Unmap and close a pair of segments that nobody uses any more."""
 
@@ -422,6 +459,7 @@ Effect = (
     | SaveState
     | RestoreState
     | KillWorker
+    | InspectWorker
     | DropPair
     | Record
 )

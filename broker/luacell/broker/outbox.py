@@ -160,6 +160,9 @@ class Outbox:
             limit=effect.limit,
             queued=effect.queued,
             ran=effect.ran,
+            cpu=effect.cpu,
+            state=effect.state,
+            wchan=effect.wchan,
         )
         self.tell(effect.session_id, failure)
 

@@ -169,6 +169,7 @@ class Server:
             model.RestoreState: outbox.send_restore,
             model.StartWorker: self._workers.order_start,
             model.KillWorker: self._workers.order_kill,
+            model.InspectWorker: self._workers.order_inspection,
             model.DropPair: lambda effect: self._drop_pair(effect.pair),
             model.Record: _write_record,
         }

@@ -19,7 +19,7 @@ from typing import Final
 
 from luacell.broker import model
 from luacell.broker.books import Pair
-from luacell.broker.causes import UNKNOWN, Cause
+from luacell.broker.causes import UNKNOWN, Cause, Vitals
 from luacell.broker.dispatcher import Dispatcher
 from luacell.broker.model import Effect, Worker
 from luacell.broker.outputs import OutputBudget
@@ -172,7 +172,10 @@ class Workers:
             exited = decode(messages.Exited, message)
             worker = self._workforce.by_id.get(exited.worker)
             if worker is not None:
-                self._died(worker, Cause(exited.signal, exited.exit_code, exited.problem))
+                vitals = Vitals(exited.cpu_us, exited.memory, exited.state, exited.wchan)
+                self._died(worker, Cause(exited.signal, exited.exit_code, exited.problem, vitals=vitals))
+        elif op is Op.INSPECTED:
+            self._on_inspected(decode(messages.Inspected, message))
         elif op is Op.OUTPUT:
             self._on_output(decode(messages.Output, message))
         elif op is Op.LEAVING:
@@ -183,6 +186,12 @@ class Workers:
         else:
             raise ProtocolError(f"operation {op.name} with {len(descriptors)} descriptors is not for worker hosts")
         return False
+
+    def _on_inspected(self, seen: messages.Inspected) -> None:
+        worker = self._workforce.by_id.get(seen.worker)
+        if worker is not None:
+            vitals = Vitals(seen.cpu_us, seen.memory, seen.state, seen.wchan)
+            self._perform(self._dispatcher.worker_inspected(worker, seen.sequence, vitals, time.monotonic_ns()))
 
     def _on_output(self, output: messages.Output) -> None:
         """Make records of what a contract has printed."""
@@ -246,7 +255,11 @@ class Workers:
         """Perform KillWorker."""
         self._order(messages.Kill(worker=effect.worker.id))
 
-    def _order(self, order: messages.Start | messages.Kill) -> None:
+    def order_inspection(self, effect: model.InspectWorker) -> None:
+        """Perform InspectWorker."""
+        self._order(messages.Inspect(worker=effect.worker.id, sequence=effect.sequence))
+
+    def _order(self, order: messages.Start | messages.Kill | messages.Inspect) -> None:
         channel = self._host
         if channel is None:
             return

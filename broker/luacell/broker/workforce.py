@@ -23,7 +23,6 @@ from luacell.broker.model import (
     Effect,
     KillWorker,
     LoadWorker,
-    Record,
     StartWorker,
     Subject,
     Worker,
@@ -190,7 +189,6 @@ class Workforce:
         """Forget a dead worker."""
         del self.by_id[worker.id], self.by_routing_id[worker.routing_id]
         self.deaths[cause.label] += 1
-        effects.append(_death_record(worker, cause))
         self._discharge(worker, now_ns)
         self.replenish(now_ns, effects)
 
@@ -287,19 +285,3 @@ def _leave_contract(worker: Worker) -> None:
     contract.workers.pop(worker, None)
     if worker in contract.idle:
         contract.idle.remove(worker)
-
-
-def _death_record(worker: Worker, cause: Cause) -> Record:
-    expected = worker.state is DOOMED
-    fields = {
-        "worker": worker.id,
-        "pid": worker.pid,
-        "contract": worker.contract.record.title if worker.contract else None,
-        "state": worker.state.value,
-        "cause": str(cause),
-        "verdict": worker.verdict,
-        "served": worker.served,
-    }
-    if cause.last_words:
-        fields["stderr"] = cause.last_words
-    return Record("info" if expected else "warning", "worker died", fields)

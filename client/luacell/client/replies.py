@@ -91,6 +91,9 @@ def raise_for(failure: messages.Failure, contract_id: int, fn_id: int) -> NoRetu
         limit=failure.limit or None,
         queued=failure.queued,
         ran=failure.ran,
+        cpu=failure.cpu,
+        state=failure.state or None,
+        wchan=failure.wchan or None,
     )
     if isinstance(error, errors.ContractNotFound):
         error.contract_id = contract_id

@@ -263,6 +263,9 @@ class CallError(LuacellError):
         limit: the bound that was hit, in words, or None.
         queued: seconds between arrival at the broker and hand-over to a worker, or None.
         ran: seconds between hand-over and the end, or None.
+        cpu: seconds of CPU time that it took, up to 10 ms of calls right before it included, or None.
+        state: of the worker's process while it ran the call, such as "R (running)" or "S (sleeping)", or None.
+        wchan: the kernel's function in which that process waited, or None.
     """
 
     CODE: ClassVar[AbiErrorCode] = AbiErrorCode.GENERIC
@@ -278,6 +281,9 @@ class CallError(LuacellError):
         limit: str | None = None,
         queued: float | None = None,
         ran: float | None = None,
+        cpu: float | None = None,
+        state: str | None = None,
+        wchan: str | None = None,
     ) -> None:
         Exception.__init__(self, message)
         self.code = self.CODE if code is None else code
@@ -288,6 +294,9 @@ class CallError(LuacellError):
         self.limit = limit
         self.queued = queued
         self.ran = ran
+        self.cpu = cpu
+        self.state = state
+        self.wchan = wchan
 
 
 class Generic(CallError):

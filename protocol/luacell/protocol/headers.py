@@ -68,11 +68,13 @@ class Op(IntEnum):
     START = 128
     KILL = 129
     END = 130
+    INSPECT = 131
     # worker host to broker
     STARTED = 160
     EXITED = 161
     LEAVING = 162
     OUTPUT = 163
+    INSPECTED = 164
     # between host and broker, either way
     PIECE = 192
     MORE = 193

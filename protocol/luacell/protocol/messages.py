@@ -67,6 +67,8 @@ API_MODULE: Final = ":api.toml"  # among a registration's modules: the descripti
 UNIT_MODULE: Final = ":unit"  # likewise: the name of the deployment that a contract belongs to
 REQUIRES_MODULE: Final = ":requires"  # likewise: what that deployment requires, one `host.name@1.2` a line
 UNIT_NAME_MAX: Final = 128  # characters
+PROCESS_STATE_MAX: Final = 32  # characters; Linux's longest is "D (disk sleep)"
+WAIT_CHANNEL_MAX: Final = 128  # characters; the kernel's own bound on the names of its functions is 512
 ID_MAX: Final = U64_MAX
 
 __all__ = ["Message", "decode", "encode", "size_of"]
@@ -355,6 +357,9 @@ class Failure:
     limit: str = text(200, "")
     queued: float | None = optional_number(None)
     ran: float | None = optional_number(None)
+    cpu: float | None = optional_number(None)
+    state: str = text(PROCESS_STATE_MAX, "")
+    wchan: str = text(WAIT_CHANNEL_MAX, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -514,6 +519,19 @@ class Kill:
 
 
 @dataclass(frozen=True, slots=True)
+class Inspect:
+    """Descriptor channel: the broker asks what a worker's process is doing; answered by Inspected, if it lives.
+
+    Attributes:
+        sequence: of the hand-over that it is about; comes back.
+    """
+
+    OP: ClassVar[Op] = Op.INSPECT
+    worker: int = integer(1, U64_MAX)
+    sequence: int = integer(1, U64_MAX)
+
+
+@dataclass(frozen=True, slots=True)
 class End:
     """Descriptor channel: the broker ends in an orderly way; its worker host is to kill its workers and end too."""
 
@@ -537,6 +555,10 @@ class Exited:
         signal: its number, or None.
         exit_code: or None.
         problem: why it could not be started, or "".
+        cpu_us: CPU time of its whole life, or None.
+        memory: bytes of resident memory that it had at most, or None.
+        state: of its process when it was killed by order, as proc_pid_status(5) has it, such as "R (running)"; or "".
+        wchan: the kernel's function in which it waited then, or "".
     """
 
     OP: ClassVar[Op] = Op.EXITED
@@ -544,6 +566,30 @@ class Exited:
     signal: int | None = optional_integer(0, 255, None)
     exit_code: int | None = optional_integer(0, 255, None)
     problem: str = text(512, "")
+    cpu_us: int | None = optional_integer(0, U64_MAX, None)
+    memory: int | None = optional_integer(0, U64_MAX, None)
+    state: str = text(PROCESS_STATE_MAX, "")
+    wchan: str = text(WAIT_CHANNEL_MAX, "")
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """Descriptor channel: what a worker's process was doing when the broker asked.
+
+    Attributes:
+        sequence: as it was asked.
+        cpu_us: CPU time of its life so far, or None.
+        memory: bytes of resident memory, or None.
+        state, wchan: as in Exited.
+    """
+
+    OP: ClassVar[Op] = Op.INSPECTED
+    worker: int = integer(1, U64_MAX)
+    sequence: int = integer(1, U64_MAX)
+    cpu_us: int | None = optional_integer(0, U64_MAX, None)
+    memory: int | None = optional_integer(0, U64_MAX, None)
+    state: str = text(PROCESS_STATE_MAX, "")
+    wchan: str = text(WAIT_CHANNEL_MAX, "")
 
 
 @dataclass(frozen=True, slots=True)

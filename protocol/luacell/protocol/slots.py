@@ -4,6 +4,7 @@
       0  generation  u64   written by the host         0  begun       u64   written by the worker
      64  withdrawn   u64   written by the broker       8  done        u64
     128  payload: arguments                           16  code, out_size, error_size, flags   4 x u32
+                                                      32  cpu_us      u64   of the worker, when it began
                                                      128  payload: results, or the error's text
 
 Each 64-byte line has one writer. Payloads start at page offset 128 in both segments: copies between buffers
@@ -32,11 +33,15 @@ SLOT_SHIFT: Final = 16  # a slot's number is pair index << SLOT_SHIFT | position
 assert OUT_STRIDE_MIN - PAYLOAD_OFFSET >= ERROR_TEXT_MAX
 
 WORD: Final = Struct("<Q")
-_ANSWER: Final = Struct("<QQIIII")
+_ANSWER: Final = Struct("<QQIIIIQ")
 
 
 class Answer(NamedTuple):
-    """What a worker left in a slot; untrusted until `sequence` was compared and sizes were clamped."""
+    """What a worker left in a slot; untrusted until `sequence` was compared and sizes were clamped.
+
+    Attributes:
+        cpu_us: CPU time of the worker's process when it began the call, up to 10 ms earlier at most.
+    """
 
     begun: int
     done: int
@@ -44,6 +49,7 @@ class Answer(NamedTuple):
     out_size: int
     error_size: int
     flags: int
+    cpu_us: int = 0
 
 
 def stride_for(payload_size: int, stride_min: int) -> int:

@@ -27,7 +27,7 @@ from luacell.protocol import headers, messages
 from luacell.protocol.confinement import DEFAULT, SANDBOX_LEVELS, Confinement
 from luacell.protocol.errors import ProtocolError
 from luacell.protocol.headers import Op
-from luacell.protocol.limits import KIB, NS_PER_S
+from luacell.protocol.limits import KIB, NS_PER_S, US_PER_S
 from luacell.protocol.memory.channel import (
     ChannelClosed,
     close_all,
@@ -40,6 +40,7 @@ from luacell.protocol.paths import BROKER_SOCKET, DESCRIPTOR_SOCKET
 from luacell.worker.output import Outputs
 from luacell.worker.process import run_worker, unbuffer_stdio
 from luacell.worker.sandbox.levels import Preparation
+from luacell.worker.vitals import Vitals, read_vitals
 
 log = logging.getLogger("luacell.worker-host")
 
@@ -54,11 +55,16 @@ HOST_LEAVES: Final = "the worker host is to end"
 
 @dataclass(slots=True, eq=False)
 class Child:
-    """A worker as its parent sees it."""
+    """A worker as its parent sees it.
+
+    Attributes:
+        vitals: what it was doing when it was killed by order, for the report of its death.
+    """
 
     worker: int
     pid: int
     pidfd: int
+    vitals: Vitals | None = None
 
 
 class WorkerHost:
@@ -176,7 +182,10 @@ class WorkerHost:
         elif op is Op.KILL:
             child = self._by_worker.get(decode(messages.Kill, message).worker)
             if child is not None:
+                child.vitals = read_vitals(child.pid)
                 _kill(child)
+        elif op is Op.INSPECT:
+            self._inspect(decode(messages.Inspect, message))
         elif op is Op.END:
             decode(messages.End, message)
             self._broker_ends = True
@@ -241,19 +250,29 @@ class WorkerHost:
                 self._forget(child)
                 raise
 
+    def _inspect(self, asked: messages.Inspect) -> None:
+        """Say what a worker is doing; the report of its death is the answer where it is dead."""
+        child = self._by_worker.get(asked.worker)
+        if child is not None:
+            vitals = read_vitals(child.pid)
+            self._tell(messages.Inspected(worker=asked.worker, sequence=asked.sequence, **vitals._asdict()))
+
     def _on_end(self, child: Child) -> None:
-        result = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOHANG)
-        if result is None:
+        if os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return
+        _, status, usage = os.wait4(child.pid, 0)  # a zombie's pid is its own until this
         tail = self._forget(child)
         if tail:
             self._tell(messages.Output(worker=child.worker, stream="tail", data=tail))
-        exited = result.si_code == os.CLD_EXITED
         self._tell(
             messages.Exited(
                 worker=child.worker,
-                signal=None if exited else result.si_status,
-                exit_code=result.si_status if exited else None,
+                signal=os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
+                exit_code=os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
+                cpu_us=int((usage.ru_utime + usage.ru_stime) * US_PER_S),
+                memory=usage.ru_maxrss * KIB,
+                state=child.vitals.state if child.vitals else "",
+                wchan=child.vitals.wchan if child.vitals else "",
             )
         )
 

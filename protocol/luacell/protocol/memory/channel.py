@@ -131,5 +131,10 @@ def peer_pidfd(channel: socket.socket) -> int:
 
 def peer_pid(channel: socket.socket) -> int:
     """Return the pid at the other end, 0 when it is in a pid namespace that is not visible from here."""
+    return peer_ids(channel)[0]
+
+
+def peer_ids(channel: socket.socket) -> tuple[int, int]:
+    """Return pid and uid at the other end; the pid is 0 when it is in a namespace that is not visible from here."""
     credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS_SIZE)
-    return int.from_bytes(credentials[:4], "little", signed=True)
+    return int.from_bytes(credentials[:4], "little", signed=True), int.from_bytes(credentials[4:8], "little")

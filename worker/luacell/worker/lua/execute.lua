@@ -20,7 +20,7 @@ typedef struct {
   uint64_t reserved;
 } luacell_execute;
 typedef struct { uint64_t sequence; uint32_t code, out_size, error_size, flags; } luacell_done;
-typedef struct { uint64_t begun, done; uint32_t code, out_size, error_size, flags; } luacell_answer;
+typedef struct { uint64_t begun, done; uint32_t code, out_size, error_size, flags; uint64_t cpu_us; } luacell_answer;
 typedef struct { int64_t seconds, nanoseconds; } luacell_timespec;
 typedef struct { int64_t interval_s, interval_us, value_s, value_us; } luacell_itimer;
 typedef struct { uint64_t words[8]; } luacell_mutex;
@@ -40,7 +40,8 @@ local TRUNCATED = " … (truncated)"
 local TIMER_SLACK_NS = 1e9 -- the worker's own timer fires this long after the limit, when the broker has not
 local TIMER_STEP_NS = 1e8 -- and is set anew only when it moves by more than this
 local FORGET_LIMIT_S = 1 -- for what a typed contract does when a host is gone
-local CLOCK_MONOTONIC, ITIMER_REAL = 1, 0
+local CLOCK_MONOTONIC, CLOCK_PROCESS_CPUTIME_ID, ITIMER_REAL = 1, 2, 0
+local CPU_STEP_NS = 1e7 -- the process's CPU time is read anew after this long: a call's is told no finer
 local CONTRACT_CODE_MIN, CODE_MAX = 1024, 4294967295
 
 local records, answers
@@ -50,6 +51,7 @@ local is_typed = false -- whether it is a binding, which is told sizes and arena
 local forget_arena -- told when a host is gone, where the contract is typed
 local deadline_ns = 0 -- of the running call
 local timer_ns = 0 -- when the timer fires; 0: not set
+local cpu_us, cpu_read_ns = 0, 0 -- CPU time of this process, and when it was that
 local handled -- whether the handler saw the error: LuaJIT does not call it when memory is out
 local chosen_code -- by the luacell.fail that ended the call
 local failures = setmetatable({}, { __mode = "k" }) -- code and text by what luacell.fail raises; contracts cannot alter them
@@ -62,6 +64,15 @@ local fence = ffi.new("luacell_mutex")
 local function clock_ns()
   C.luacell_clock(CLOCK_MONOTONIC, now)
   return tonumber(now.seconds) * 1e9 + tonumber(now.nanoseconds)
+end
+
+-- The CPU time of this process, which is a system call to find out.
+local function cpu_time_us(at_ns)
+  if at_ns - cpu_read_ns > CPU_STEP_NS then
+    C.luacell_clock(CLOCK_PROCESS_CPUTIME_ID, now)
+    cpu_us, cpu_read_ns = tonumber(now.seconds) * 1e6 + floor(tonumber(now.nanoseconds) / 1e3), at_ns
+  end
+  return cpu_us
 end
 
 -- A full memory barrier: the locked instruction in a mutex that nobody else knows.
@@ -201,6 +212,7 @@ local function execute(index, place)
     finish(answer, out_slot, sequence, OK, 0, nil, NOT_BEGUN)
     return NOT_BEGUN
   end
+  words.cpu_us = cpu_time_us(at_ns)
   arm(at_ns, record.limit_us * 1e3)
   local flags = record.flags
   local args = band(flags, HAS_ARGS) ~= 0 and args_slot + PAYLOAD or nil

@@ -1,0 +1,93 @@
+"""What is told of calls that were not finished and of workers that died, with real processes."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from luacell.client import DeadlineExceeded, LuaHostBridge, WorkerCrashed
+from tests.support.contracts import PROBE, Stopwatch, deploy, failure, function
+from tests.support.serving import Serving
+
+LIMIT_S = 0.3
+GRACE_S = 0.25  # promise 1
+SEGFAULT, LOOP, SLEEP, BURN = range(1, 5)
+DEADLY = function("""
+  if fn_id == 1 then
+    io.stderr:write("last words\\n")
+    ffi.cast("int *", 0)[0] = 1
+  elseif fn_id == 2 then
+    while true do end
+  elseif fn_id == 3 then
+    ffi.C.poll(nil, 0, 60000)
+  elseif fn_id == 4 then
+    local from = os.clock()
+    while os.clock() - from < 0.25 do end
+  end
+""").replace("return function", 'ffi.cdef("int poll(void *, unsigned long, int)")\nreturn function', 1)
+
+
+@pytest.fixture
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    path = tmp_path_factory.mktemp("d") / "run"
+    path.mkdir(mode=0o700)
+    with Serving(path, log_level="info") as serving:
+        yield serving
+
+
+@pytest.fixture
+def bridge(serving: Serving) -> Iterator[LuaHostBridge]:
+    with LuaHostBridge.connect(serving.run_directory) as bridge:
+        yield bridge
+
+
+@pytest.fixture
+def deadly(bridge: LuaHostBridge) -> str:
+    return deploy(bridge, DEADLY)
+
+
+def test_a_loop_at_its_deadline_is_told_to_compute(bridge: LuaHostBridge, deadly: str) -> None:
+    bridge.call(deadly, BURN)  # what calls before it took is not counted
+    with Stopwatch() as stopwatch:
+        late = failure(bridge, deadly, LOOP, timeout=LIMIT_S)
+    assert isinstance(late, DeadlineExceeded)
+    assert stopwatch.seconds <= LIMIT_S + GRACE_S
+    assert late.queued is not None and late.ran is not None and late.cpu is not None
+    assert late.queued + late.ran >= LIMIT_S
+    assert 0 < late.cpu <= stopwatch.seconds + 0.01
+    assert (late.state, late.wchan) == ("R (running)", None)
+    assert f"{deadly} fn {LOOP}: not finished within its deadline 0.3 s: queued " in late.message
+    assert " s of CPU, state R (running)" in late.message
+
+
+def test_a_wait_at_its_deadline_is_told_to_wait(bridge: LuaHostBridge, deadly: str) -> None:
+    late = failure(bridge, deadly, SLEEP, timeout=LIMIT_S)
+    assert isinstance(late, DeadlineExceeded)
+    assert late.state == "S (sleeping)"
+    assert late.cpu is not None and late.cpu < LIMIT_S
+    assert late.wchan is None or f"state S (sleeping) in {late.wchan}" in late.message
+
+
+def test_the_record_of_a_death_names_its_call(serving: Serving, bridge: LuaHostBridge, deadly: str) -> None:
+    crashed = failure(bridge, deadly, SEGFAULT)
+    assert isinstance(crashed, WorkerCrashed)
+    assert crashed.cpu is not None
+    died = serving.record("worker died", contract=PROBE)
+    assert (died["function"], died["began"], died["cause"]) == (SEGFAULT, "yes", "signal 11 (SIGSEGV)")
+    assert died["host"] == f"pid {os.getpid()} of uid {os.getuid()}"
+    assert died["call"] >= 1
+    assert died["queued"] >= 0 and died["ran"] > 0 and died["cpu"] >= 0
+    assert died["process_cpu"] > 0
+    assert died["memory"] > 1 << 20
+    assert died["stderr"] == "last words\n"
+    assert bridge.health()["deaths"]["SIGSEGV"] == 1
+
+
+def test_the_record_of_an_ordered_death_says_what_the_process_was_doing(
+    serving: Serving, bridge: LuaHostBridge, deadly: str
+) -> None:
+    failure(bridge, deadly, LOOP, timeout=LIMIT_S)
+    died = serving.record("worker died", contract=PROBE)
+    assert (died["function"], died["began"], died["level"]) == (LOOP, "yes", "info")
+    assert died["process_state"] == "R (running)"
+    assert "ran" in died["verdict"]
