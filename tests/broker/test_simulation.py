@@ -187,7 +187,7 @@ def calls_leave_the_seat_of_their_instance(patch: Patch) -> None:
 
 
 SWARMS["calls_are_taken_from_a_worker_that_may_have_come_to_them"] = Swarm(
-    stuck=0.1, cancelling=0.1, registering=0.01, hosts=4
+    stuck=0.1, cancelling=0.3, registering=0.1, call_gap_ns=NS_PER_MS, hosts=3
 )
 
 
@@ -462,6 +462,11 @@ def a_kill_is_ordered_and_the_worker_forgotten(patch: Patch) -> None:
         effects.append(KillWorker(worker))
 
     patch.setattr(Workforce, "doom", forget)
+
+
+SWARMS["a_contract_that_does_not_load_is_tried_at_once"] = Swarm(
+    hang=0.1, registering=0.05, death=0.01, hosts=4, spares=2
+)
 
 
 @breakage
