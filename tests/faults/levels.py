@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from typing import Final
 
-OFFERED: Final = ("default",)
+OFFERED: Final = ("default", "hardened")

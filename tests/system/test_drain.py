@@ -72,7 +72,7 @@ def call(pool: ThreadPoolExecutor, bridge: LuaHostBridge, duration_ms: int) -> F
     return pending
 
 
-def test_calls_in_flight_and_in_the_queue_are_finished_and_later_ones_refused(run_directory: Path) -> None:
+def test_p15_calls_in_flight_and_in_the_queue_are_finished_and_later_ones_refused(run_directory: Path) -> None:
     with (
         Parts(run_directory, 20_000) as parts,
         LuaHostBridge.connect(run_directory) as bridge,
@@ -92,7 +92,7 @@ def test_calls_in_flight_and_in_the_queue_are_finished_and_later_ones_refused(ru
         assert parts.broker.wait(LIMIT_S) == 0
 
 
-def test_who_waits_longer_than_the_broker_may_is_cancelled(run_directory: Path) -> None:
+def test_p15_who_waits_longer_than_the_broker_may_is_cancelled(run_directory: Path) -> None:
     with (
         Parts(run_directory, 300) as parts,
         LuaHostBridge.connect(run_directory) as bridge,
@@ -111,7 +111,7 @@ def test_who_waits_longer_than_the_broker_may_is_cancelled(run_directory: Path) 
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_second_signal_ends_it_at_once(run_directory: Path, second: int) -> None:
+def test_p15_second_signal_ends_it_at_once(run_directory: Path, second: int) -> None:
     with (
         Parts(run_directory, 20_000) as parts,
         LuaHostBridge.connect(run_directory) as bridge,
@@ -129,7 +129,7 @@ def test_second_signal_ends_it_at_once(run_directory: Path, second: int) -> None
         assert parts.broker.wait(LIMIT_S) == 0
 
 
-def test_serve_finishes_calls_before_it_ends(run_directory: Path) -> None:
+def test_p15_serve_finishes_calls_before_it_ends(run_directory: Path) -> None:
     with (
         Serving(run_directory) as serving,
         LuaHostBridge.connect(run_directory) as bridge,

@@ -64,7 +64,7 @@ def is_busy(bridge: LuaHostBridge) -> bool:
 
 
 # -- kill -9 ----
-def test_killed_broker_is_back_within_a_second_and_its_workers_are_gone(serving: Serving) -> None:
+def test_p08_killed_broker_is_back_within_a_second_and_its_workers_are_gone(serving: Serving) -> None:
     with LuaHostBridge.connect(serving.run_directory) as bridge, ThreadPoolExecutor(4) as pool:
         deploy(bridge, ENDLESS, deadline="30s")
         calls = [pool.submit(failure, bridge, PROBE) for _ in range(4)]
@@ -88,7 +88,7 @@ def test_killed_broker_is_back_within_a_second_and_its_workers_are_gone(serving:
     assert told["ended"] == "1 time within 60 s"
 
 
-def test_killed_worker_host_is_back_within_a_second_and_the_broker_knows_its_contracts(serving: Serving) -> None:
+def test_p07_killed_worker_host_is_back_within_a_second_and_the_broker_knows_its_contracts(serving: Serving) -> None:
     with LuaHostBridge.connect(serving.run_directory) as bridge, ThreadPoolExecutor(2) as pool:
         deploy(bridge, ENDLESS, deadline="30s")
         bridge.register_host_contract(HEALTHY, LuaFunction(DOUBLE))
@@ -117,7 +117,7 @@ def healthy_again(bridge: LuaHostBridge) -> bool:
     return False
 
 
-def test_killed_parent_takes_everything_with_it_and_the_next_one_serves(directory: Path) -> None:
+def test_p11_killed_parent_takes_everything_with_it_and_the_next_one_serves(directory: Path) -> None:
     with Serving(directory) as first, LuaHostBridge.connect(directory) as bridge, ThreadPoolExecutor(1) as pool:
         deploy(bridge, ENDLESS, deadline="30s")
         running = pool.submit(failure, bridge, PROBE)
@@ -381,7 +381,7 @@ def catches(status: Path, mask: int) -> bool:
 
 
 # -- orphans ----
-def test_orphans_are_reaped(serving: Serving) -> None:
+def test_p20_orphans_are_reaped(serving: Serving) -> None:
     with LuaHostBridge.connect(serving.run_directory) as bridge:
         for number in range(5):
             name = f"host.probe{number}@1"
@@ -414,7 +414,7 @@ def may_unshare() -> bool:
 
 
 @pytest.mark.skipif(not may_unshare(), reason="no PID namespaces for this user")
-def test_as_pid_1_it_serves_and_reaps_strangers(directory: Path) -> None:
+def test_p20_as_pid_1_it_serves_and_reaps_strangers(directory: Path) -> None:
     with Serving(directory, prefix=NAMESPACE, log_level="info") as serving:
         assert serve_healthy(directory)
         (init,) = children_of(serving.process.pid)
