@@ -199,3 +199,12 @@ def test_async_proxies_make_the_same_calls(worker: Worker) -> None:
 
     asyncio.run(main())
     assert worker.ids == [CREATE, IN_INSTANCE | 1, FETCH, IN_INSTANCE]
+
+
+def test_functions_may_have_any_name(worker: Worker) -> None:
+    names = ["_call", "_shared", "_instance", "with_options", "_"]
+    functions = "".join(f'[[host_contract.functions]]\nname = "{name}"\nreturn = "f64"\n' for name in names)
+    odd = Worker(f'[[host_contract]]\nname = "host.svc"\nversion = "1.0"\n{functions}')
+    proxy = make_proxy(odd.shared, lambda *request: struct.pack("<d", 7.5))
+    assert dir(proxy) == sorted(names)
+    assert [getattr(proxy, name)() for name in names] == [7.5] * len(names)

@@ -351,7 +351,44 @@ def test_ten_thousand_instances_leave_nothing(bridge: LuaHostBridge, counter: An
     assert len(shared.dropped.notes) == 0
 
 
+def test_dropped_proxy_of_a_host_without_shared_memory_destroys_its_instance(
+    bridge: LuaHostBridge, counter: Any
+) -> None:
+    with LuaHostBridge.connect(f"ipc+inline://{run_directory(broker_pid(bridge))}") as other:
+        proxy, stays = other.contract("host.counter"), other.contract("host.counter")
+        assert (proxy.add(1), stays.add(1)) == (1, 1)
+        del proxy
+        gc.collect()
+        assert stays.add(1) == 2
+        settles(counter.destroyed, 1, "the instance is destroyed by the next call of its host")
+
+
+def test_calls_of_another_contract_destroy_dropped_instances_too(bridge: LuaHostBridge, counter: Any) -> None:
+    bridge.register_host_contract("host.raw@1", LuaFunction("function() end"))
+    with LuaHostBridge.connect(run_directory(broker_pid(bridge))) as other:
+        proxy = other.contract("host.counter")
+        proxy.add(1)
+        del proxy
+        gc.collect()
+        other.call("host.raw@1", 0)
+        settles(counter.destroyed, 1, "the instance is destroyed by any call of its host")
+
+
 # -- the asyncio bridge ----
+def test_async_bridge_describes_and_destroys_dropped_instances(bridge: LuaHostBridge, counter: Any) -> None:
+    async def main() -> None:
+        async with await AsyncLuaHostBridge.connect(run_directory(broker_pid(bridge))) as mine:
+            assert list((await mine.describe("host.counter", "1.0")).functions)[:2] == ["add", "destroyed"]
+            proxy = await mine.contract("host.counter")
+            await proxy.add(1)
+            del proxy
+            gc.collect()
+            await mine.health()
+            settles(counter.destroyed, 1, "the instance is destroyed by any request of its host")
+
+    asyncio.run(main())
+
+
 def test_async_proxies_are_awaited(bridge: LuaHostBridge, counter: Any) -> None:
     async def main() -> None:
         async with await AsyncLuaHostBridge.connect(run_directory(broker_pid(bridge))) as mine:
