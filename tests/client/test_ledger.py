@@ -29,6 +29,7 @@ class CountedSlot:
 
     home: Home = field(default_factory=Home)
     given_back: int = 0
+    has_begun: bool = False
 
     def give_back(self) -> None:
         self.given_back += 1
@@ -208,12 +209,15 @@ def test_loss_tells_all_that_wait_whether_their_calls_began(books: Books) -> Non
     request = books.request(4)
     done = books.request(6)
     done.is_done = True
+    begun, begun_slot = books.call(7)
+    begun_slot.has_begun = True
     books.ledger.lose("the broker is gone")
     books.ledger.lose("another reason")
     assert [each.failure and each.failure.began for each in (sent, unsent, request)] == ["unknown", "no", "unknown"]
+    assert begun.failure is not None and begun.failure.began == "yes"
     assert answered.failure is None
     assert done.failure is None
-    assert books.woken == [answered, sent, unsent, request]
+    assert books.woken == [answered, sent, unsent, begun, request]
     with pytest.raises(Unavailable, match="the broker is gone") as caught:
         books.ledger.check()
     assert caught.value.began == "no"

@@ -38,6 +38,7 @@ TASKS = 50
 RESTARTS = 3
 CLOSED_WITHIN_S = 2.0
 GRACE_S = 0.25  # promise 1
+UNAVAILABLE_WITHIN_S = 1.0  # promised where the broker dies
 
 
 @pytest.fixture
@@ -94,17 +95,37 @@ def test_large_calls_and_requests_find_the_new_broker_too(parts: Parts, host: Lu
     assert out == sent
 
 
-def test_running_call_is_told_at_once_that_nobody_knows_whether_it_began(parts: Parts, host: LuaHostBridge) -> None:
+def test_running_call_is_told_at_once_that_it_had_begun(parts: Parts, host: LuaHostBridge) -> None:
     deploy(host, ENDLESS, deadline="30s")
     thread, ends = in_thread(lambda: host.call(PROBE, 0))
-    eventually(lambda: host.health()["slots_in_flight"] == 1, "the call is under way")
+    eventually(lambda: _has_begun(host), "the call has begun")
     with Stopwatch() as stopwatch:
         parts.kill_broker()
         thread.join(LIMIT_S)
     (error,) = ends
     assert isinstance(error, Unavailable)
-    assert error.began == "unknown"
-    assert stopwatch.seconds < LIMIT_S
+    assert error.began == "yes"
+    assert stopwatch.seconds < UNAVAILABLE_WITHIN_S
+
+
+def test_waiting_call_is_told_that_nobody_knows_whether_it_began(parts: Parts, host: LuaHostBridge) -> None:
+    deploy(host, ENDLESS, deadline="30s")
+    calls = [in_thread(lambda: host.call(PROBE, 0)) for _ in range(2)]
+    eventually(lambda: host.health()["slots_in_flight"] == 2, "both calls are under way")
+    eventually(lambda: _has_begun(host), "the first one has begun")
+    parts.kill_broker()
+    for thread, _ in calls:
+        thread.join(LIMIT_S)
+    errors = [end for _, (end,) in calls]
+    assert sorted(error.began for error in errors if isinstance(error, Unavailable)) == ["unknown", "yes"]
+
+
+def _has_begun(host: LuaHostBridge) -> bool:
+    """Whether a call of this bridge's is marked as begun, seen where the bridge sees it."""
+    session = host._link.calls.session
+    with session.lock:
+        pending = list(session.ledger.calls.values())
+    return any(each.slot is not None and each.slot.has_begun for each in pending)
 
 
 def test_call_without_a_broker_looks_for_one_within_its_time_and_says_where(parts: Parts, host: LuaHostBridge) -> None:
@@ -216,7 +237,7 @@ def test_threads_get_their_own_answers_or_typed_errors(parts: Parts, host: LuaHo
                 reply = host.call(HEALTHY, 0, number.to_bytes(4, "little"), 4)
             except CallError as error:
                 counted[type(error).__name__] += 1
-                assert not isinstance(error, Unavailable) or error.began in ("no", "unknown")
+                assert not isinstance(error, Unavailable) or error.began in ("no", "unknown", "yes")
             else:
                 assert is_answer(reply, number)
                 counted["answered"] += 1
@@ -292,7 +313,7 @@ def test_running_calls_of_tasks_are_told_at_once(parts: Parts) -> None:
             await asyncio.to_thread(parts.kill_broker)
             ends = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), LIMIT_S)
         assert [type(end) for end in ends] == [Unavailable] * TASKS
-        assert {end.began for end in ends if isinstance(end, Unavailable)} == {"unknown"}
+        assert {end.began for end in ends if isinstance(end, Unavailable)} <= {"unknown", "yes"}
 
     asyncio.run(main())
 

@@ -25,6 +25,7 @@ COPY_UNLOCKED_MIN: Final = 256 * 1024  # bytes; from here on copies let other th
 IDLE_PAIR_S: Final = 10.0
 IDLE_PAIR_BYTES_MIN: Final = MIB  # smaller pairs are kept
 
+_mark_of: Final = WORD.unpack_from
 _stamp: Final = WORD.pack_into  # write_generation without its frame: this is the hot path
 
 
@@ -170,6 +171,7 @@ class Slot:
         "_args_stamp",
         "_args_start",
         "_args_view",
+        "_begun",
         "_out_start",
         "_out_view",
         "_pair",
@@ -183,6 +185,7 @@ class Slot:
         self.home = pair.home
         self.name = pair.number, pair.index << SLOT_SHIFT | position
         self.generation = 1
+        self._begun: tuple[int, ...] = ()  # what the worker's mark said before this call
         self._pair = pair
         self._position = position
         self._args_view = pair.args.view
@@ -201,6 +204,7 @@ class Slot:
     def put_args(self, args: bytes | memoryview | None, size: int) -> None:
         """Copy the arguments in, which have `size` bytes and fit, and stamp the slot."""
         start, view = self._args_start, self._args_view
+        self._begun = _mark_of(self._out_view, self._out_start - PAYLOAD_OFFSET)
         _stamp(view, self._args_stamp, self.generation)
         if not args:
             return
@@ -208,6 +212,12 @@ class Slot:
             view[start : start + size] = args
         else:
             ctypes.memmove(self._pair.args.address + start, args, size)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a worker has marked this call as begun; the mark may be a lie of its contract, and may yet come."""
+        mark = _mark_of(self._out_view, self._out_start - PAYLOAD_OFFSET)
+        return mark not in (self._begun, (0,))
 
     def read(self, size: int) -> bytes:
         """Return a copy of the first bytes of the results."""

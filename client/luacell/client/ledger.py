@@ -16,7 +16,7 @@ from typing import Final
 from luacell.client.arena import Arena
 from luacell.client.pending import Answer, Pending, keeps_slot
 from luacell.protocol import headers, messages
-from luacell.protocol.errors import ProtocolError, Unavailable
+from luacell.protocol.errors import Began, ProtocolError, Unavailable
 from luacell.protocol.headers import Op
 from luacell.protocol.messages import decode
 
@@ -178,7 +178,7 @@ class Ledger:
         self.lost = reason
         for pending in (*self.calls.values(), *self.requests.values()):
             if not pending.is_done:
-                pending.failure = Unavailable(reason, began="unknown" if pending.is_sent else "no")
+                pending.failure = Unavailable(reason, began=_began(pending))
                 pending.is_done = True
                 self._wake(pending)
         self.calls.clear()
@@ -190,3 +190,10 @@ class Ledger:
             if pending.is_left:
                 self.free(pending)
         self.resting.clear()
+
+
+def _began(pending: Pending) -> Began:
+    """Say what is known of something whose broker is gone; workers that have not begun a call may do so yet."""
+    if not pending.is_sent:
+        return "no"
+    return "yes" if pending.slot is not None and pending.slot.has_begun else "unknown"
