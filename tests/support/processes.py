@@ -199,7 +199,7 @@ def descriptors_of(pid: int | str = "self") -> Counter[str]:
     """Count the descriptors of a process by what they are; numbers of pipes and sockets are left out."""
     held: Counter[str] = Counter()
     directory = Path(f"/proc/{pid}/fd")
-    for name in os.listdir(directory):
+    for name in _names_in(directory):
         with suppress(FileNotFoundError):
             target = os.readlink(directory / name)
             if not target.startswith(f"/proc/{os.getpid()}/"):
@@ -207,9 +207,18 @@ def descriptors_of(pid: int | str = "self") -> Counter[str]:
     return held
 
 
+def _names_in(directory: Path) -> list[str]:
+    """List what /proc tells; of a process that is not dumpable it tells root alone."""
+    with suppress(PermissionError):
+        return os.listdir(directory)
+    return []
+
+
 def mappings_of(pid: int | str = "self") -> int:
     """Count the shared-memory segments that a process has mapped."""
-    return Path(f"/proc/{pid}/maps").read_bytes().count(b"/memfd:luacell")
+    with suppress(PermissionError):  # likewise
+        return Path(f"/proc/{pid}/maps").read_bytes().count(b"/memfd:luacell")
+    return 0
 
 
 def thread_count(pid: int | str = "self") -> int:
