@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-PURE := */broker/answers.py,*/broker/books.py,*/broker/bounds.py,*/broker/carrying.py,*/broker/catalogue.py,*/broker/causes.py,*/broker/deaths.py,*/broker/dispatcher.py,*/broker/handover.py,*/broker/model.py,*/broker/outputs.py,*/broker/queues.py,*/broker/registry.py,*/broker/seats.py,*/broker/snapshot.py,*/broker/timers.py,*/broker/windows.py,*/broker/workforce.py,*/cli/restarts.py,*/client/description.py,*/client/proxy.py,*/client/typed/*,*/protocol/api/*,*/protocol/codec.py,*/protocol/confinement.py,*/protocol/endpoints.py,*/protocol/errors.py,*/protocol/fields.py,*/protocol/headers.py,*/protocol/identity.py,*/protocol/messages.py,*/protocol/paths.py,*/protocol/slots.py,*/worker/binding.py,*/worker/sandbox/bpf.py,*/worker/sandbox/calls.py
+PURE := */broker/answers.py,*/broker/books.py,*/broker/bounds.py,*/broker/carrying.py,*/broker/catalogue.py,*/broker/causes.py,*/broker/chains.py,*/broker/deaths.py,*/broker/dispatcher.py,*/broker/handover.py,*/broker/model.py,*/broker/outputs.py,*/broker/queues.py,*/broker/registry.py,*/broker/seats.py,*/broker/snapshot.py,*/broker/timers.py,*/broker/windows.py,*/broker/workforce.py,*/cli/restarts.py,*/client/description.py,*/client/proxy.py,*/client/typed/*,*/protocol/api/*,*/protocol/codec.py,*/protocol/confinement.py,*/protocol/endpoints.py,*/protocol/errors.py,*/protocol/fields.py,*/protocol/headers.py,*/protocol/identity.py,*/protocol/messages.py,*/protocol/paths.py,*/protocol/slots.py,*/worker/binding.py,*/worker/sandbox/bpf.py,*/worker/sandbox/calls.py
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18

@@ -231,7 +231,7 @@ def a_slot_is_released_before_its_host_was_told_of_the_deadline(patch: Patch) ->
         call.inquiry = None
         if call.session.id in self.sessions:
             effects.append(SendReleased(call.session.id, call.header.call_id))
-        self._end(call, effects)
+        self._end(call, now_ns, effects)
 
     patch.setattr(Dispatcher, "_release_answered", release)
 
@@ -405,7 +405,7 @@ def slots_of_a_host_that_left_are_dropped_at_once(patch: Patch) -> None:
         for call in calls:
             if call.worker is not None and call.worker.call is call:
                 call.worker.call = None
-                self._end(call, effects)
+                self._end(call, now_ns, effects)
         return effects
 
     patch.setattr(Dispatcher, "host_left", drop)

@@ -142,7 +142,7 @@ class CallInlineRecord(ctypes.LittleEndianStructure):
         ("flags", U32),
         ("args_size", U32),
         ("out_size", U32),
-        ("reserved", U32),
+        ("api_sum", U32),
     )
 
 

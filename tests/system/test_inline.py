@@ -568,7 +568,7 @@ def test_piece_behind_the_last_is_a_bad_request_and_the_call_goes_on(place: Plac
         ({"call_id": 0}, AbiErrorCode.BAD_REQUEST),
         ({"flags": 4}, AbiErrorCode.BAD_REQUEST),
         ({"flags": 0}, AbiErrorCode.BAD_REQUEST),
-        ({"reserved": 1}, AbiErrorCode.BAD_REQUEST),
+        ({"api_sum": 1}, AbiErrorCode.BAD_REQUEST),
         ({"budget_us": 60_000_001}, AbiErrorCode.BAD_REQUEST),
         ({"out_size": (1 << 32) - 1}, AbiErrorCode.TOO_LARGE),
         ({"contract_id": 4711}, AbiErrorCode.HOST_CONTRACT_NOT_FOUND),

@@ -86,6 +86,24 @@ def shutting_down(header: headers.Call) -> Refusal:
     return Refusal(AbiErrorCode.UNAVAILABLE, f"call {header.call_id} comes too late: the broker is shutting down")
 
 
+def nobody_waits(header: headers.Call) -> Refusal:
+    """A contract calls another while nobody waits for its own answer any more."""
+    text = "the call that this one is made for is over: it was cancelled, is past its deadline, or its host is gone"
+    return Refusal(AbiErrorCode.CANCELLED, text)
+
+
+def waits_already(header: headers.Call) -> Refusal:
+    """A worker has made a call and makes another."""
+    return Refusal(AbiErrorCode.BAD_REQUEST, f"call {header.call_id}: this worker waits for another one already")
+
+
+def too_deep(outer: Call, depth_max: int) -> Refusal:
+    """A chain of calls is as long as it may be."""
+    limit = f"depth of nested calls: {depth_max}"
+    text = f"{outer.title}: the bound on {limit} is reached; calls that wait for one another must end somewhere"
+    return Refusal(AbiErrorCode.TOO_LARGE, text, limit)
+
+
 # -- calls that got no result ------------------------------------------------------------------------------
 def load_failure(session_id: bytes, header: headers.Call, contract: Contract, slot: str) -> SendFailure:
     """Say that a registered contract no longer loads; the call was not begun."""
@@ -107,6 +125,13 @@ def displaced(call: Call, now_ns: int) -> SendFailure:
     limit = _queue_limit(call.contract)
     text = f"{call.title}: the bound on {limit} is reached, and other hosts have fewer of them; retry later"
     return _failure(call, AbiErrorCode.BUSY, text, "no", now_ns, limit=limit)
+
+
+def reentrant(call: Call, chain: list[Call], now_ns: int) -> SendFailure:
+    """Say that a call would wait, over others, for itself."""
+    way = " -> ".join(each.title for each in chain)
+    text = f"{call.title}: it would wait for itself ({way}); only a contract with stateless = true is called this way"
+    return _failure(call, AbiErrorCode.REENTRANT_CALL, text, "no", now_ns)
 
 
 def cancelled(call: Call, began: Began, now_ns: int, *, by: str = "its caller", slot: str = "free") -> SendFailure:

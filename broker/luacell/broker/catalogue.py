@@ -20,6 +20,7 @@ from luacell.broker.model import (
     IDLE,
     LEAVING,
     SAVING,
+    WAITING,
     Call,
     Contract,
     Effect,
@@ -303,7 +304,7 @@ class Catalogue:
             for worker in list(place.workers):
                 if worker.heir is not None and worker.state is IDLE:
                     carrying.ask_to_save(worker, now_ns, self._wheel, effects)
-                elif worker.state not in (BUSY, LEAVING, SAVING):
+                elif worker.state not in (BUSY, WAITING, LEAVING, SAVING):
                     self._workforce.doom(worker, "its contract is no longer served", now_ns, effects)
 
     def _set_timer(self, contract: Contract, when_ns: int) -> None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from luacell.broker import answers, carrying
+from luacell.broker import answers, carrying, chains
 from luacell.broker.books import ARENA_BITS, PairState, Refusal
 from luacell.broker.causes import NO_VITALS, Cause, Vitals
 from luacell.broker.deaths import death_record
@@ -50,6 +50,7 @@ from luacell.broker.model import (
     RESTORING,
     SAVING,
     STARTING,
+    WAITING,
     Call,
     Contract,
     DropPair,
@@ -95,6 +96,10 @@ class Dispatcher(Handover):
         """A host has introduced itself; records have its name where it is known."""
         self.sessions.setdefault(session_id, Session(session_id, name))
 
+    def caller_joined(self, worker: Worker) -> None:
+        """The contract of a worker is about to call others; its death is the end of that."""
+        self.sessions.setdefault(worker.routing_id, Session(worker.routing_id, worker=worker))
+
     def host_left(self, session_id: bytes, now_ns: int) -> list[Effect]:
         """A host is gone: drop what it has queued, let running calls end, reclaim its memory."""
         effects: list[Effect] = []
@@ -104,7 +109,7 @@ class Dispatcher(Handover):
         for call in list(session.calls.values()):
             if call.state is QUEUED:
                 call.contract.queue.remove(session, call)
-                self._end(call, effects)
+                self._end(call, now_ns, effects)
             elif not call.answered:
                 self._memory.withdraw(call)
                 call.answered = True
@@ -123,9 +128,15 @@ class Dispatcher(Handover):
         session = self.sessions.get(session_id)
         if session is None:  # it was sent away for an earlier call of the same message
             return []
-        if self.is_draining:
+        outer = None
+        if session.worker is not None:
+            outer = session.worker.call
+            objection = chains.objection_to(session, header)
+            if objection is not None:
+                return [answers.refused(session, header, objection)]
+        elif self.is_draining:
             return [answers.refused(session, header, answers.shutting_down(header))]
-        contract = self._contract_for(session_id, header.contract_id)
+        contract = self.contract_for(session_id, header.contract_id)
         if contract is None:
             return [answers.refused(session, header, answers.unknown_contract(header))]
         contract = seat_of(contract, session_id, header.fn_id)
@@ -145,9 +156,14 @@ class Dispatcher(Handover):
         if arrived_ns is None:
             arrived_ns = now_ns
         deadline_ns = arrived_ns + budget_us * NS_PER_US
+        if outer is not None:
+            deadline_ns = min(deadline_ns, outer.deadline_ns)
         call = session.calls[header.call_id] = Call(session, header, contract, book, arrived_ns, deadline_ns)
         call.timer = self._wheel.set(deadline_ns, call)
         effects: list[Effect] = []
+        if outer is not None:
+            call.parent, call.depth = outer, outer.depth + 1
+            self._await(call, outer, now_ns, effects)
         if contract.idle:
             self._hand(contract.idle.pop(), call, now_ns, effects)
             return effects
@@ -156,6 +172,8 @@ class Dispatcher(Handover):
             worker = worker_with_room(contract, now_ns)
         if worker is not None:
             self._hand_ahead(worker, call, now_ns, effects)
+        elif outer is not None and not chains.can_progress(contract):
+            self._untie(call, now_ns, effects)
         else:
             if contract.queue.is_full:
                 self._displace(contract, session, now_ns, effects)
@@ -169,7 +187,7 @@ class Dispatcher(Handover):
         assert call is not None, "it was looked for before the call was taken"
         effects.append(answers.displaced(call, now_ns))
         contract.queue.remove(call.session, call)
-        self._end(call, effects)
+        self._end(call, now_ns, effects)
 
     def quick_call(self, session_id: bytes, header: headers.Call, now_ns: int) -> Call | None:
         """Do what `call_arrived` does where nothing is unusual.
@@ -246,6 +264,7 @@ class Dispatcher(Handover):
             or call.sequence != sequence
             or flags
             or call.answered
+            or call.parent is not None
             or worker.state is not BUSY
             or contract.retired
             or (contract.queue.count and not ahead)
@@ -308,15 +327,20 @@ class Dispatcher(Handover):
             self._catch_up(worker_of(call), now_ns, effects)
         if call.answered:
             return effects
+        is_waiting = call.worker is not None and call.worker.call is call and call.worker.inner is not None
         if call.state is QUEUED:
             call.contract.queue.remove(call.session, call)
             effects.append(answers.cancelled(call, "no", now_ns))
-            self._end(call, effects)
+            self._end(call, now_ns, effects)
             return effects
         seen = self._give_up(call, now_ns, effects)
         if not has_result(call, seen):
             effects.append(answers.cancelled(call, has_begun(call, seen), now_ns, slot="kept"))
-        if call.sent_ns and is_running(call, seen) and now_ns - call.sent_ns >= KILL_AFTER_NS:
+        if is_waiting:
+            inner = worker_of(call).inner
+            assert inner is not None
+            effects += self.call_cancelled(inner.session.id, inner.header.call_id, now_ns)
+        elif call.sent_ns and is_running(call, seen) and now_ns - call.sent_ns - call.waited_ns >= KILL_AFTER_NS:
             self._stop_running(call, "the call that it ran was cancelled", now_ns, effects)
         return effects
 
@@ -444,6 +468,7 @@ class Dispatcher(Handover):
         effects.append(death_record(worker, cause, self._last_episode(worker, cause, now_ns)))
         self.workforce.died(worker, cause, now_ns, effects)
         self._bury(worker, cause, now_ns, effects)
+        effects += self.host_left(worker.routing_id, now_ns)
         if contract is None:
             return effects
         self._part(worker, f"its worker died with {cause}", now_ns, effects)
@@ -453,6 +478,7 @@ class Dispatcher(Handover):
         elif was_loading:  # it may have been killed from outside: try once more
             contract.died_loading = True
         self.catalogue.staff(contract, now_ns, effects)
+        self._untie_all(contract, now_ns, effects)
         return effects
 
     def worker_inspected(self, worker: Worker, sequence: int, vitals: Vitals, now_ns: int) -> list[Effect]:
@@ -510,7 +536,7 @@ class Dispatcher(Handover):
         """Remove a contract: queued calls fail, running ones end."""
         effects: list[Effect] = []
         for call in self.catalogue.remove(contract_id, now_ns, effects):
-            self._fail_unregistered(call, effects)
+            self._fail_unregistered(call, now_ns, effects)
         return effects
 
     # -- the end --------------------------------------------------------------------------------------------
@@ -538,7 +564,7 @@ class Dispatcher(Handover):
                 if call.state is QUEUED:
                     call.contract.queue.remove(session, call)
                     effects.append(answers.cancelled(call, "no", now_ns, by=by))
-                    self._end(call, effects)
+                    self._end(call, now_ns, effects)
                     continue
                 seen = self._give_up(call, now_ns, effects)
                 if not has_result(call, seen):
@@ -571,9 +597,11 @@ class Dispatcher(Handover):
         worker.timer = None
         if worker.state in (STARTING, LOADING, SAVING, RESTORING):
             self._dismiss(worker, _overdue(worker), now_ns, effects)
-        elif worker.state in (BUSY, LEAVING) and (worker.call is None or now_ns - worker.call.sent_ns >= SLOW_NS):
+        elif worker.state in (BUSY, WAITING, LEAVING) and (
+            worker.call is None or now_ns - worker.call.sent_ns >= SLOW_NS
+        ):
             self._catch_up(worker, now_ns, effects)
-        if worker.state not in (BUSY, LEAVING):
+        if worker.state not in (BUSY, WAITING, LEAVING):
             return
         silence_max_ns = max(SILENCE_MAX_NS, worker.contract.run_limit_ns if worker.contract else 0)
         if worker.call is None and now_ns - worker.silent_ns >= silence_max_ns:
@@ -589,7 +617,7 @@ class Dispatcher(Handover):
         if call.state is QUEUED:
             call.contract.queue.remove(call.session, call)
             effects.append(answers.deadline_exceeded(call, "no", now_ns))
-            self._end(call, effects)
+            self._end(call, now_ns, effects)
             return
         worker = worker_of(call)
         self._catch_up(worker, now_ns, effects)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from luacell.broker import answers, carrying
+from luacell.broker import answers, carrying, chains
 from luacell.broker.books import Books
 from luacell.broker.catalogue import Catalogue
 from luacell.broker.causes import NO_VITALS, SIGALRM, Cause, Vitals
@@ -29,6 +29,7 @@ from luacell.broker.model import (
     LEAVING,
     LOADING,
     QUEUED,
+    WAITING,
     Call,
     Contract,
     DropPair,
@@ -86,8 +87,9 @@ class Handover:
 
     def _hand(self, worker: Worker, call: Call, now_ns: int, effects: list[Effect]) -> None:
         """Give a call to a worker that has nothing else to do."""
-        worker.state = BUSY
-        call.contract.called = True
+        contract = call.contract
+        worker.state = BUSY if len(contract.workers) <= contract.workers_max else LEAVING  # that one is for a while
+        contract.called = True
         self._hold(worker, call)
         self._take_up(worker, call, now_ns)
         effects.append(SendCall(worker, call))
@@ -133,11 +135,13 @@ class Handover:
             self._dismiss(worker, "its contract was replaced or unregistered", now_ns, effects)
             return
         if worker.state is LEAVING:
-            self._dismiss(worker, HOST_LEAVES, now_ns, effects)
+            self._dismiss(worker, _why_it_leaves(worker, self.workforce.has_host), now_ns, effects)
             return
         call = contract.queue.pop()
         if call is not None:
             self._hand(worker, call, now_ns, effects)
+        elif len(contract.workers) > contract.workers_max:
+            self._dismiss(worker, "the calls that it came for are done", now_ns, effects)
         else:
             worker.state = IDLE
             worker.paced_ns = 0
@@ -155,6 +159,7 @@ class Handover:
                 return
             if not call.answered and not seen.flags & headers.NOT_BEGUN:
                 call.answered = True
+                self._resume(call, now_ns)
                 effects.append(self._result(call, seen, now_ns, slot_free=False))
             if call.answered and call.timer is not None:
                 self._wheel.cancel(call.timer, call)
@@ -173,15 +178,15 @@ class Handover:
     def _settle(self, call: Call, done: headers.Done | Answer, now_ns: int, effects: list[Effect]) -> None:
         """Relay a worker's answer, unless the host has been answered, and release the slot."""
         if call.answered:
-            self._release_answered(call, effects)
+            self._release_answered(call, now_ns, effects)
         elif is_passed_by(call, done, now_ns):
             self._requeue([call], now_ns, effects)
         elif done.flags & headers.NOT_BEGUN:
             effects.append(answers.deadline_exceeded(call, "no", now_ns))
-            self._end(call, effects)
+            self._end(call, now_ns, effects)
         else:
             effects.append(self._result(call, done, now_ns, slot_free=True))
-            self._end(call, effects)
+            self._end(call, now_ns, effects)
 
     def _bury(self, worker: Worker, cause: Cause, now_ns: int, effects: list[Effect]) -> None:
         """Decide about the calls that a dead worker held, in order.
@@ -220,7 +225,7 @@ class Handover:
             effects.append(answers.stopped_by_timer(call, began, now_ns, cpu))
         else:
             effects.append(answers.crashed(call, cause, verdict, began, now_ns, cpu))
-        self._end(call, effects)
+        self._end(call, now_ns, effects)
 
     def _last_episode(self, worker: Worker, cause: Cause, now_ns: int) -> Episode | None:
         """Return what a worker that has died was running, if that is anything."""
@@ -266,9 +271,9 @@ class Handover:
             call.taken_back = False
             contract = call.contract
             if contract.retired:
-                successor = self._contract_for(call.session.id, call.header.contract_id)
+                successor = self.contract_for(call.session.id, call.header.contract_id)
                 if successor is None:
-                    self._fail_unregistered(call, effects)
+                    self._fail_unregistered(call, now_ns, effects)
                     continue
                 contract = call.contract = seat_of(successor, call.session.id, call.header.fn_id)
             self._set_timer(call, call.deadline_ns)
@@ -284,12 +289,15 @@ class Handover:
 
         A worker that has not begun the call will not, but it must say so by the run limit.
         """
-        ran_ns = now_ns - call.sent_ns
+        if worker_of(call).inner is not None:  # it waits, and not for long: what it waits for has no later deadline
+            call.timer = self._wheel.set(now_ns + KILL_AFTER_NS, call)
+            return
+        ran_ns = now_ns - call.sent_ns - call.waited_ns
         has_run_out = ran_ns >= call.contract.run_limit_ns
         if has_run_out or (ran_ns >= KILL_AFTER_NS and is_running(call, self._memory.look(call))):
             self._stop_running(call, f"it ran {call.title} for {ran_ns / NS_PER_S:.3f} s", now_ns, effects)
         else:
-            call.timer = self._wheel.set(call.sent_ns + call.contract.run_limit_ns, call)
+            call.timer = self._wheel.set(now_ns - ran_ns + call.contract.run_limit_ns, call)
 
     def _stop_running(self, call: Call, verdict: str, now_ns: int, effects: list[Effect]) -> None:
         """Kill a worker for the call that it runs, unless that has just ended: then those behind it have their turn.
@@ -311,8 +319,10 @@ class Handover:
         running, contract = worker.call, worker.contract
         if not worker.ahead or running is None or contract is None or contract.workers_max == 1:
             return
-        if now_ns - running.sent_ns < SLOW_NS or not is_running(running, self._memory.look(running)):
-            return
+        if now_ns - running.sent_ns >= SLOW_NS and is_running(running, self._memory.look(running)):
+            self._give_away_what_is_behind(worker, running, now_ns, effects)
+
+    def _give_away_what_is_behind(self, worker: Worker, running: Call, now_ns: int, effects: list[Effect]) -> None:
         behind = list(worker.ahead)
         self._take_back(behind)
         if not is_running(running, self._memory.look(running)):  # it has just ended: the worker says what it passes by
@@ -321,8 +331,59 @@ class Handover:
         worker.passed.extend(call.sequence for call in behind)
         for call in behind:
             if call.answered:
-                self._release_answered(call, effects)
+                self._release_answered(call, now_ns, effects)
         self._requeue([call for call in behind if not call.answered], now_ns, effects)
+
+    # -- calls that contracts make ------------------------------------------------------------------------------
+    def _await(self, call: Call, outer: Call, now_ns: int, effects: list[Effect]) -> None:
+        """A contract has made a call: its worker waits for the answer, does not run, and holds no other."""
+        worker = worker_of(outer)
+        worker.inner = call
+        worker.waits_ns = now_ns
+        if worker.state is BUSY:
+            worker.state = WAITING
+        self._set_timer(outer, outer.deadline_ns)
+        if worker.ahead:
+            self._give_away_what_is_behind(worker, outer, now_ns, effects)
+
+    def _resume(self, call: Call, now_ns: int) -> None:
+        """A call is answered: where a contract has made it, that runs again, and the limit on this goes on."""
+        outer, worker = call.parent, call.session.worker
+        if outer is None or worker is None or worker.inner is not call:
+            return
+        worker.inner = None
+        if worker.state is WAITING:
+            worker.state = BUSY
+        outer.waited_ns += now_ns - worker.waits_ns
+        if worker.call is outer:
+            look_ns = outer.sent_ns + outer.waited_ns + outer.contract.run_limit_ns
+            latest_ns = now_ns + KILL_AFTER_NS if outer.answered else outer.deadline_ns
+            if outer.timer is not None:
+                self._wheel.cancel(outer.timer, outer)
+            outer.timer = self._wheel.set(min(look_ns, latest_ns), outer)
+
+    def _untie(self, call: Call, now_ns: int, effects: list[Effect]) -> None:
+        """Let a nested call that would wait for itself have a worker of its own, or fail it where state forbids that.
+
+        It is not queued, or is about to be removed from its queue.
+        """
+        contract = call.contract
+        if contract.record.settings.stateless:
+            contract.extra += 1
+            call.extra = contract
+            contract.queue.push_front(call.session, call)
+            self.catalogue.staff(contract, now_ns, effects)
+        else:
+            effects.append(answers.reentrant(call, chains.chain_of(call), now_ns))
+            self._end(call, now_ns, effects)
+
+    def _untie_all(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
+        """A contract has a worker less: see to the nested calls that it might have served."""
+        for call in () if contract.retired else [call for call in contract.queue if call.parent is not None]:
+            if chains.can_progress(contract):
+                return
+            contract.queue.remove(call.session, call)
+            self._untie(call, now_ns, effects)
 
     def _has_passed(self, worker: Worker, sequence: int) -> bool:
         """Note that a worker has come to a call that was taken back from it; tell whether that is so."""
@@ -373,14 +434,18 @@ class Handover:
     def _load_failed(self, contract: Contract, problem: str, reason: str, now_ns: int, effects: list[Effect]) -> None:
         for call in self.catalogue.load_failed(contract, problem, reason, now_ns, effects):
             effects.append(answers.load_failure(call.session.id, call.header, contract, slot="free"))
-            self._end(call, effects)
+            self._end(call, now_ns, effects)
 
-    def _contract_for(self, session_id: bytes, contract_id: int) -> Contract | None:
-        """Return the contract that is served under an id, unless it is private to another host."""
+    def contract_for(self, session_id: bytes, contract_id: int) -> Contract | None:
+        """Return the contract that is served under an id, unless it is private to another host.
+
+        A contract that calls others may call what the host may for which it runs.
+        """
         contract = self._serving.get(contract_id)
-        if contract is None or contract.owner not in (None, session_id):
-            return None
-        return contract
+        if contract is None or contract.owner is None:
+            return contract
+        session = self.sessions.get(session_id)
+        return contract if session is not None and contract.owner == chains.root_of(session) else None
 
     def _give_up(self, call: Call, now_ns: int, effects: list[Effect]) -> Answer:
         """End the wait for a call that a worker holds: it must not be begun, and what it has done counts.
@@ -393,32 +458,38 @@ class Handover:
         self._memory.withdraw(call)
         seen = self._memory.look(call)
         call.answered = True
+        self._resume(call, now_ns)
         if has_result(call, seen):
             effects.append(self._result(call, seen, now_ns, slot_free=False))
         return seen
 
     def _result(self, call: Call, done: headers.Done | Answer, now_ns: int, *, slot_free: bool) -> Effect:
         """Make a worker's answer fit to be relayed: sizes are within what the host asked for."""
-        if done.code == AbiErrorCode.OUT_OF_MEMORY:  # the worker does not know what the broker calls its contract
+        if done.code == AbiErrorCode.OUT_OF_MEMORY and done.flags & headers.RETIRE:
+            # The worker does not know what the broker calls its contract. Without RETIRE it is another's memory.
             return answers.out_of_memory(call, now_ns, slot="free" if slot_free else "kept")
         self.answered_count += 1
         out_size = min(done.out_size, call.header.out_size)
         return SendResult(call, done.code, out_size, min(done.error_size, ERROR_TEXT_MAX), slot_free)
 
-    def _fail_unregistered(self, call: Call, effects: list[Effect]) -> None:
+    def _fail_unregistered(self, call: Call, now_ns: int, effects: list[Effect]) -> None:
         effects.append(answers.unregistered(call))
-        self._end(call, effects)
+        self._end(call, now_ns, effects)
 
-    def _release_answered(self, call: Call, effects: list[Effect]) -> None:
+    def _release_answered(self, call: Call, now_ns: int, effects: list[Effect]) -> None:
         self._tell_overdue(call, NO_VITALS, effects)
         if call.session.id in self.sessions:
             effects.append(SendReleased(call.session.id, call.header.call_id))
-        self._end(call, effects)
+        self._end(call, now_ns, effects)
 
-    def _end(self, call: Call, effects: list[Effect]) -> None:
+    def _end(self, call: Call, now_ns: int, effects: list[Effect]) -> None:
         call.state = ENDED
         call.answered = True
         call.session.calls.pop(call.header.call_id, None)
+        self._resume(call, now_ns)
+        if call.extra is not None:
+            call.extra.extra -= 1
+            call.extra = None
         if call.timer is not None:
             self._wheel.cancel(call.timer, call)
             call.timer = None
@@ -436,6 +507,10 @@ def worker_of(call: Call) -> Worker:
     """Return the worker that holds a call."""
     assert call.worker is not None
     return call.worker
+
+
+def _why_it_leaves(worker: Worker, has_host: bool) -> str:
+    return "it came for one call" if has_host else HOST_LEAVES
 
 
 def has_begun(call: Call, seen: Answer) -> Began:

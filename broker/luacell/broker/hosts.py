@@ -250,8 +250,8 @@ class Hosts:
     def _on_describe(self, peer: bytes, count: int, message: bytes) -> None:
         asked = decode(messages.Describe, message)
         request = Request(peer, asked.request_id)
-        contract = self._dispatcher.catalogue.serving.get(id_of(asked.contract))
-        if contract is None or contract.record.owner not in (None, peer):
+        contract = self._dispatcher.contract_for(peer, id_of(asked.contract))
+        if contract is None:
             self._outbox.send_reply(_not_found(request))
             return
         record = contract.record

@@ -1,5 +1,7 @@
 """Hosts without shared memory: their bytes come and go in pieces, and the broker fills and empties slots for them.
 
+Workers whose contracts call others are such hosts, too, with one call at a time and a lower bound on its size.
+
 It is such a host inside the broker: to the dispatcher its calls are like any other's. Arguments are copied piece by
 piece into a slot, then an ordinary call is made; results are copied out before the slot is free again. It decides
 nothing about calls that the dispatcher has.
@@ -40,6 +42,7 @@ from luacell.protocol.limits import (
     INLINE_STALL_NS,
     INLINE_WINDOW,
     MIB,
+    NESTED_PAYLOAD_MAX,
     NS_PER_S,
     NS_PER_US,
     PAYLOAD_MAX,
@@ -128,10 +131,14 @@ class InlineHost:
         moved_ns: when it last acknowledged one, or had none to acknowledge.
         probe_ns: when to look next whether it is there.
         is_due: it has a place in the backlog.
+        is_worker: it is a worker, whose end is told by its pidfd.
+        payload_max: bytes of args, and of out, of a call.
     """
 
-    def __init__(self, peer: bytes, hosts: InlineHosts, now_ns: int) -> None:
+    def __init__(self, peer: bytes, hosts: InlineHosts, now_ns: int, *, is_worker: bool = False) -> None:
         self.peer = peer
+        self.is_worker = is_worker
+        self.payload_max = NESTED_PAYLOAD_MAX if is_worker else PAYLOAD_MAX
         self._hosts = hosts
         self.calls: dict[int, InlineCall] = {}
         self.held: dict[int, InlineCall] = {}
@@ -191,6 +198,7 @@ class InlineHosts:
         self._wheel: TimerWheel[InlineCall] = TimerWheel()
         self._ids = count(1)
         self._held_bytes = 0
+        self._worker_count = 0
         self._handlers: dict[Op, Callable[[InlineHost, int, bytes], None]] = {
             Op.CALL_INLINE: self._on_call,
             Op.PIECE: self._on_piece,
@@ -206,12 +214,29 @@ class InlineHosts:
         self._probes[host] = None
         self._dispatcher.host_joined(peer)
 
+    def host_of(self, worker: model.Worker) -> InlineHost:
+        """Return what a worker is as a host; from now on it is one."""
+        peer = worker.routing_id
+        host = self.hosts.get(peer)
+        if host is None:
+            host = self.hosts[peer] = InlineHost(peer, self, self._clock(), is_worker=True)
+            self._probes[host] = None
+            self._worker_count += 1
+            self._dispatcher.caller_joined(worker)
+        return host
+
+    @property
+    def count(self) -> int:
+        """Hosts that are no workers."""
+        return len(self.hosts) - self._worker_count
+
     def left(self, peer: bytes) -> None:
         """A host is gone, or must go; idempotent."""
         host = self.hosts.pop(peer, None)
         if host is None:
             return
         host.is_gone = True
+        self._worker_count -= host.is_worker
         del self._probes[host]
         for call in host.calls.values():
             self._stop_timer(call)
@@ -244,11 +269,14 @@ class InlineHosts:
         asked = headers.CallInline._make(record)
         now_ns = self._clock()
         call_number = next(self._ids)
-        contract = self._dispatcher.catalogue.serving.get(asked.contract_id)
-        if contract is not None and contract.owner not in (None, host.peer):
-            contract = None
+        contract = self._dispatcher.contract_for(host.peer, asked.contract_id)
         if contract is not None:
             contract = seat_of(contract, host.peer, asked.fn_id)
+        if host.is_worker and contract is not None and asked.api_sum not in (0, contract.api_sum):
+            text = f"{contract.record.title} was replaced: its description is another than the caller's"
+            failure = SendFailure(host.peer, 0, AbiErrorCode.STALE_HANDLE, text, "StaleDescription", slot="unused")
+            self._fail(host, asked.call_id, failure)
+            return
         refusal = self._refusal(host, call_number, asked, contract)
         if refusal is not None:
             code, text, limit = refusal
@@ -269,12 +297,12 @@ class InlineHosts:
         self, host: InlineHost, number: int, asked: headers.CallInline, contract: Contract | None
     ) -> Refusal | None:
         """Return why a call is not accepted, or None."""
-        if asked.call_id in host.calls or asked.call_id == 0 or asked.reserved:
-            return Refusal(_BAD, f"call id {asked.call_id} is 0 or in flight, or reserved {asked.reserved} is not 0")
+        if asked.call_id in host.calls or asked.call_id == 0 or (asked.api_sum and not host.is_worker):
+            return Refusal(_BAD, f"call id {asked.call_id} is 0 or in flight, or reserved {asked.api_sum} is not 0")
         for name, size in (("args", asked.args_size), ("out", asked.out_size)):
-            if size > PAYLOAD_MAX:
-                text = f"{name} of {size} bytes is over the limit of {PAYLOAD_MAX}"
-                return Refusal(AbiErrorCode.TOO_LARGE, text, f"{PAYLOAD_MAX} bytes")
+            if size > host.payload_max:
+                text = f"{name} of {size} bytes is over the limit of {host.payload_max}"
+                return Refusal(AbiErrorCode.TOO_LARGE, text, f"{host.payload_max} bytes")
         header = _header(number, asked, (0, 0, 0))
         if contract is None:
             return answers.unknown_contract(header)
@@ -599,7 +627,8 @@ class InlineHosts:
             self._fail(host, 0, SendFailure(host.peer, 0, AbiErrorCode.UNAVAILABLE, text))
             self.left(host.peer)
             return
-        self._outbox.send(host.peer, _PROBE)
+        if not host.is_worker:
+            self._outbox.send(host.peer, _PROBE)
         for arena in list(host.arenas.values()):
             self._memory.give_back_idle(arena, now_ns - IDLE_PAIR_NS)
             if arena.is_empty:

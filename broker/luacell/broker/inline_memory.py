@@ -123,6 +123,8 @@ class InlineArena:
     def slots_wanted(self, args_size: int, out_size: int) -> int:
         """Return how many slots the next pair is to have: more when many are in use, few when they are large."""
         size = max(args_size, out_size)
+        if self.host.is_worker:  # its calls come one at a time
+            return 1
         if size >= INLINE_PIECE:
             return 1
         if size > INLINE_SMALL_MAX:

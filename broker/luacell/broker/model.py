@@ -11,6 +11,7 @@ Plain state with questions about itself; all changes are made by the dispatcher 
              IDLE, BUSY ──to be followed by another──> SAVING ──saved──> DOOMED
              LOADING ──loaded, follows another──> RESTORING ──restored──> IDLE
              BUSY ──its worker host leaves──> LEAVING ──done──> DOOMED
+             BUSY ──it calls a contract itself──> WAITING ──answered──> BUSY
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, NamedTuple, Protocol
+from zlib import crc32
 
 from luacell.broker.books import Pair, SlotBook
 from luacell.broker.queues import FairQueue
@@ -28,6 +30,7 @@ from luacell.protocol import headers
 from luacell.protocol.confinement import UNGRANTED, Confinement
 from luacell.protocol.errors import AbiErrorCode, Began
 from luacell.protocol.limits import NS_PER_US, QUEUE_MAX
+from luacell.protocol.messages import API_MODULE
 from luacell.protocol.slots import Answer
 
 WINDOW_FIRST: Final = 8  # calls handed ahead to a worker before its pace is known
@@ -50,6 +53,7 @@ class WorkerState(Enum):
     LOADING = "loading"
     IDLE = "idle"
     BUSY = "busy"
+    WAITING = "waiting"
     LEAVING = "leaving"
     DOOMED = "doomed"
     SAVING = "saving"
@@ -58,22 +62,24 @@ class WorkerState(Enum):
 
 # Looking a member up in its enum costs a quarter of a microsecond; the hot path reads these.
 QUEUED, HELD, ENDED = CallState
-STARTING, BLANK, LOADING, IDLE, BUSY, LEAVING, DOOMED, SAVING, RESTORING = WorkerState
+STARTING, BLANK, LOADING, IDLE, BUSY, WAITING, LEAVING, DOOMED, SAVING, RESTORING = WorkerState
 
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """A host's connection.
+    """A host's connection, or that of a worker whose contract calls others.
 
     Attributes:
         id: its routing id.
         name: the host as people know it, such as "pid 123 of uid 0", or "".
         calls: in flight, by call id; a call leaves when its slot is free.
+        worker: whose calls these are, where it is no host.
     """
 
     id: bytes
     name: str = ""
     calls: dict[int, Call] = field(default_factory=dict)
+    worker: Worker | None = None
 
     @property
     def title(self) -> str:
@@ -93,6 +99,10 @@ class Call:
         attempts: workers that died when they were about to begin it.
         taken_back: its worker was forbidden to begin it, so that another may.
         inquiry: it counts as answered, and is answered when its worker's process was looked at.
+        parent: the call whose contract has made this one and waits for it; None for a host's.
+        depth: how many such calls there are above it.
+        waited_ns: how long it has waited for calls of its own, which is no time of running.
+        extra: the contract that may have a worker more on its account, or None.
     """
 
     state: CallState = QUEUED
@@ -104,6 +114,10 @@ class Call:
     taken_back = False
     inquiry: Inquiry | None = None
     timer: int | None = None
+    parent: Call | None = None
+    depth = 0
+    waited_ns = 0
+    extra: Contract | None = None
 
     def __init__(
         self,
@@ -168,10 +182,12 @@ class Contract:
         workers: those that serve or load it, oldest first, without doomed ones.
         idle: a subset of `workers`, the most recently used last.
         workers_max: how many workers it may have.
+        extra: how many more it may have for a while, each for one call of a chain that would else wait for itself.
         window: calls that one worker may hold ahead, by how fast they are.
         deadline_us: default budget of a call.
         quick_budget_us: largest budget with which a call needs no thought; 0 for a private contract.
         run_limit_ns: how long a call may run before its worker is killed for good.
+        api_sum: CRC-32 of its description, by which contracts that call it know whether theirs is of this version.
         called: whether any call was handed to a worker.
         retired: no longer served; what its workers hold ends first.
         failures: loads that failed in a row.
@@ -194,10 +210,12 @@ class Contract:
     workers: dict[Worker, None] = field(default_factory=dict)
     idle: list[Worker] = field(default_factory=list)
     workers_max: int = 1
+    extra: int = 0
     window: int = 0
     owner: bytes | None = None
     deadline_us: int = 0
     quick_budget_us: int = 0
+    api_sum: int = 0
     run_limit_us: int = 0
     run_limit_ns: int = 0
     called: bool = False
@@ -218,6 +236,7 @@ class Contract:
         if self.record.seats:
             self._take_seat(self.record.seats)
         self.window = WINDOW_FIRST if self.workers_max == 1 else WINDOW_FIRST_OF_MANY  # others may be free sooner
+        self.api_sum = crc32(self.record.modules.get(API_MODULE, b""))
         self.run_limit_us = self.record.settings.run_limit_us
         self.run_limit_ns = self.record.settings.run_limit_us * NS_PER_US
 
@@ -240,7 +259,12 @@ class Contract:
         if self.request is not None:
             return not self.workers
         loading = sum(worker.state in (LOADING, RESTORING) for worker in self.workers)
-        return len(self.queue) > loading and len(self.workers) < self.workers_max
+        return len(self.queue) > loading and self.may_have_more_workers
+
+    @property
+    def may_have_more_workers(self) -> bool:
+        """Whether it has fewer workers than it may have."""
+        return len(self.workers) < self.workers_max + self.extra
 
 
 @dataclass(slots=True, eq=False)
@@ -255,6 +279,8 @@ class Worker:
         ahead: calls that it holds besides and has not begun, in order.
         passed: numbers of hand-overs that were taken back while it ran the one before them; it has to say so.
         finished: calls that it has marked as done and not answered for yet, in order.
+        inner: the call that its contract has made and waits for.
+        waits_ns: since when.
         silent_ns: since when it has marked all that it holds as done, or last answered for some of that.
         verdict: why it is doomed, for the caller that hears of its death, or "".
         served: calls it has finished.
@@ -277,6 +303,8 @@ class Worker:
     ahead: deque[Call] = field(default_factory=deque)
     passed: deque[int] = field(default_factory=deque)
     finished: deque[Call] = field(default_factory=deque)
+    inner: Call | None = None
+    waits_ns: int = 0
     silent_ns: int = 0
     served: int = 0
     paced_ns: int = 0

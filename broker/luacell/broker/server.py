@@ -62,6 +62,7 @@ HEARTBEAT_LIMIT_MS: Final = 2500
 
 _CALL_HEAD: Final = headers.head(Op.CALL)
 _CALL_SIZE: Final = headers.PREAMBLE_SIZE + headers.CALL.size
+_NESTED: Final = frozenset({Op.CALL_INLINE, Op.PIECE, Op.MORE, Op.DESCRIBE})  # what a contract's own calls are made of
 _INLINE_CONTROL: Final = frozenset({Op.REGISTER, Op.COMMIT, Op.UNREGISTER, Op.LIST, Op.DESCRIBE, Op.HEALTH})
 _DONE_HEAD: Final = headers.head(Op.DONE)
 _DONE_SIZE: Final = headers.PREAMBLE_SIZE + headers.DONE.size
@@ -123,7 +124,15 @@ class Server:
         )
         self._restore(records, registry_store)
         self._outbox = outbox = Outbox(self._router, self._expel)
-        self._workers = Workers(dispatcher, self._store, self._watcher, self._perform, self._on_answers, parent)
+        self._workers = Workers(
+            dispatcher,
+            self._store,
+            self._watcher,
+            self._perform,
+            self._on_answers,
+            lambda worker: self._inline.left(worker.routing_id),
+            parent,
+        )
         self._keeper = Keeper(registry_store, lambda tell: self._watcher.order(lambda: WorkDone(tell)))
         facts = {
             "version": __version__,
@@ -335,13 +344,31 @@ class Server:
             return
         try:
             op, count = headers.parse_preamble(message)
-            if worker is not None:
+            if worker is not None and op in _NESTED:
+                self._on_nested(worker, op, count, message)
+            elif worker is not None:
                 self._workers.on_message(worker, op, count, message)
             else:
                 self._hosts.on_message(peer, op, count, message)
         except ProtocolError as error:
             self._find_step(peer, message)
             self._refuse_peer(peer, str(error))
+
+    def _on_nested(self, worker: Worker, op: Op, count: int, message: bytes) -> None:
+        """Act on a message of a worker whose contract calls another, as any host without shared memory does.
+
+        Raises:
+            ProtocolError: it is not one that a worker may send now.
+        """
+        if worker.state is model.DOOMED:
+            return
+        if worker.call is None:
+            raise ProtocolError(f"operation {op.name} of a worker that runs no call")
+        host = self._inline.host_of(worker)
+        if op is Op.DESCRIBE:
+            self._hosts.on_message(worker.routing_id, op, count, message)
+        else:
+            self._inline.on_message(host, op, count, message)
 
     def _handle_inline(self, peer: bytes, message: bytes) -> None:
         """Act on a message of a host without shared memory, or of nobody that is known.
@@ -377,7 +404,7 @@ class Server:
                 f"unknown peer: role {role!r} needs the descriptor socket first; say {messages.INLINE!r}"
             )
         if host is None:
-            if len(self._hosts.links) + len(self._inline.hosts) >= self._bounds.hosts:
+            if len(self._hosts.links) + self._inline.count >= self._bounds.hosts:
                 text = f"{self._bounds.hosts} hosts are connected, which is the limit; retry later"
                 self._outbox.tell_failure(SendFailure(peer, 0, AbiErrorCode.BUSY, text, slot="unused"))
                 return
@@ -472,7 +499,7 @@ class Server:
         self._tick_ns = 0  # look again at the next message
 
     def _on_connected(self, channel: socket.socket) -> None:
-        if len(self._hosts.links) + len(self._inline.hosts) >= self._bounds.hosts:
+        if len(self._hosts.links) + self._inline.count >= self._bounds.hosts:
             self._refuse_channel(channel)
             return
         if len(self._greeting) >= GREETINGS_MAX:  # whoever has kept silent longest makes room

@@ -71,7 +71,7 @@ def _pool(contract: Contract) -> dict[str, Any]:
         "workers_max": contract.record.settings.workers,
         "workers": len(workers),
         "idle": states[WorkerState.IDLE],
-        "busy": states[WorkerState.BUSY],
+        "busy": states[WorkerState.BUSY] + states[WorkerState.WAITING] + states[WorkerState.LEAVING],
         "loading": states[WorkerState.LOADING],
         "ahead": sum(len(worker.ahead) for worker in workers),
         "queued": sum(place.queue.count for place in contract.places),

@@ -62,6 +62,7 @@ class Workers:
         watcher: reports deaths.
         perform: performs effects.
         on_answers: acts on the DONE records of a worker.
+        on_end: called with a worker that is dead, before anything else follows from that.
         parent: pid of the process whose child the worker host must be, as this broker is; None takes any.
     """
 
@@ -72,6 +73,7 @@ class Workers:
         watcher: Watcher,
         perform: Callable[[Iterable[Effect]], None],
         on_answers: Callable[[Worker, Iterable[tuple[int, ...]], int], None],
+        on_end: Callable[[Worker], None],
         parent: int | None = None,
     ) -> None:
         self._dispatcher = dispatcher
@@ -80,6 +82,7 @@ class Workers:
         self._watcher = watcher
         self._perform = perform
         self._on_answers = on_answers
+        self._on_end = on_end
         self._parent = parent
         self._host: socket.socket | None = None
         self._host_leaves = False
@@ -350,6 +353,7 @@ class Workers:
             cause = replace(cause, last_words=link.last_words)
             if link.output.has_untold:
                 self._tell_output(link, "", link.output.tell(now_ns))
+        self._on_end(worker)
         self._perform(self._dispatcher.worker_died(worker, cause, now_ns))
         if link is not None:
             self._close(link)

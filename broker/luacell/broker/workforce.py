@@ -19,6 +19,7 @@ from luacell.broker.model import (
     LEAVING,
     LOADING,
     STARTING,
+    WAITING,
     Contract,
     Effect,
     KillWorker,
@@ -208,7 +209,7 @@ class Workforce:
         self.has_host = False
         free = []
         for worker in self.by_id.values():
-            if worker.state is BUSY:
+            if worker.state in (BUSY, WAITING):
                 worker.state = LEAVING
             elif worker.state not in (LEAVING, DOOMED):
                 free.append(worker)

@@ -167,6 +167,9 @@ class CallInline(NamedTuple):
     """One call of a host without shared memory (40 bytes); the first piece of its arguments follows.
 
     Fields as in Call. The first piece has INLINE_PIECE bytes, or `args_size` where that is less.
+
+    Attributes:
+        api_sum: of a worker: CRC-32 of the description that its arguments were made by, or 0; of a host 0.
     """
 
     call_id: int
@@ -176,7 +179,7 @@ class CallInline(NamedTuple):
     flags: int
     args_size: int
     out_size: int
-    reserved: int = 0
+    api_sum: int = 0
 
 
 class Piece(NamedTuple):

@@ -30,6 +30,7 @@ SLOTS_PER_SEGMENT_MAX: Final = 128
 
 # -- payloads of hosts without shared memory -----------------------------------------------------------------
 INLINE_PIECE: Final = 256 * KIB  # bytes; copied in 50 us, so that nobody waits long behind one
+NESTED_PAYLOAD_MAX: Final = MIB  # bytes of args, and of out, of a call that a contract makes: four pieces
 INLINE_WINDOW: Final = 8  # pieces of a call that were not acknowledged: 2 MiB
 INLINE_HOST_WINDOW: Final = 64  # pieces of results of one host that it has not acknowledged: 16 MiB
 INLINE_SMALL_MAX: Final = 16 * KIB  # bytes of results that are not acknowledged: 4096 queued ones are 64 MiB

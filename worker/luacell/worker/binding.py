@@ -67,6 +67,28 @@ end
 """
 
 
+def caller_source(contract: Contract) -> str:
+    """Return the Lua chunk by which other contracts call a typed one.
+
+    It is called with typed.lua's table and returns a table by the functions' names: `id`; `count` of arguments; `pack`,
+    which makes a payload of them; `size` of the fixed part of a result and whether it `varies`; and `unpack`, which
+    reads a result, or nil where there is none.
+
+    Args:
+        contract: which is called.
+    """
+    texts = [_Generator(contract, function).caller_text() for function in contract.functions]
+    types = "".join(f"local {_type_name(name)} = ffi.typeof('{c_name} *')\n" for name, c_name in _C_NAMES.items())
+    functions = "\n".join(texts)
+    return f"""local typed = ...
+local ffi = typed.ffi
+local cast, new = ffi.cast, ffi.new
+{types}local functions, arrays = {{}}, {{}}
+{functions}
+return functions
+"""
+
+
 def _type_name(scalar: str) -> str:
     return f"{scalar}_pointer"
 
@@ -119,6 +141,35 @@ class _Generator:
         body = "\n".join(f"  {line}" for line in lines)
         head = f"functions[{function.id}] = function(self, arena, payload, args_size, out, out_size)"
         return "\n".join([*self._arrays, head, body, "end"])
+
+    def caller_text(self) -> str:
+        """Return an assignment to `functions`, and to `arrays` where it returns some."""
+        function, layout = self._function, self._layout
+        names = [f"p{index}" for index in range(len(function.params))]
+        packing = ["return nil"]
+        if layout.args is not None:
+            size = layout.args.size
+            packing = [f"local tail, fixed = typed.tail({size}), new('uint8_t[{size}]')"]
+            for name, param, offset in zip(names, function.params, self._offsets(layout.args), strict=True):
+                where = f"{self._where}: {param.name}"
+                packing += ["do", *_indented(self._write(param.type, "fixed", str(offset), name, where)), "end"]
+            packing.append(f"return typed.packed(tail, fixed, {size})")
+        lines = ["  " + line for line in packing]
+        unpack, size, varies = "nil", 0, "false"
+        if layout.result is not None and not isinstance(function.result, Void):
+            size = layout.result.size
+            varies = "true" if _varies(function.result) else "false"
+            value = self._read(function.result, "payload", 0, f"{self._where}: result")
+            unpack = f"""function(bytes)
+  local args_size = #bytes
+  if args_size < {size} then error("{self._where}: a result of " .. args_size .. " bytes, not {size}", 0) end
+  local payload = cast(u8_pointer, bytes)
+  return {value}
+end"""
+        body = "\n".join(lines)
+        head = f"functions[{_quoted(function.name)}] = {{ id = {function.id}, count = {len(names)}, size = {size}"
+        rest = f"varies = {varies}, pack = function({', '.join(names)})\n{body}\nend, unpack = {unpack} }}"
+        return "\n".join([*self._arrays, f"{head}, {rest}"])
 
     def _offsets(self, layout: Layout | None) -> tuple[int, ...]:
         if layout is None:
@@ -211,6 +262,13 @@ end""")
         inner = self._write(type_.item, memory, f"({index} - 1) * {size}", f"{items}[{index}]", f"{where}[]")
         yield from _indented(inner)
         yield "end"
+
+
+def _varies(type_: ValueType) -> bool:
+    """Whether values of a type have something behind their fixed part."""
+    if isinstance(type_, Struct):
+        return any(_varies(field.type) for field in type_.fields)
+    return isinstance(type_, StringView | Buffer | Array)
 
 
 def _indented(lines: Iterator[str]) -> Iterator[str]:

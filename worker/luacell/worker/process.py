@@ -46,6 +46,7 @@ DESCRIPTORS_MAX: Final = 1024  # soft limit, as usual; the worker host has raise
 _UNBUFFERED: Final = 2  # _IONBF of stdio.h
 EXIT_BROKEN: Final = 70  # the worker itself cannot go on (EX_SOFTWARE)
 OUT_OF_MEMORY_TEXT: Final = b"Lua exception: not enough memory"
+_LATE: Final = frozenset({Op.RESULT_INLINE, Op.PIECE, Op.MORE, Op.FAILURE, Op.REPLY})  # for whom nobody waits any more
 _RECORD_SIZE: Final = headers.EXECUTE.size
 _POSITION_MASK: Final = (1 << SLOT_SHIFT) - 1
 
@@ -168,7 +169,7 @@ class WorkerProcess:
             self._save(decode(messages.Save, message))
         elif op is Op.RESTORE:
             self._restore(decode(messages.Restore, message))
-        else:
+        elif op not in _LATE:
             raise ProtocolError(f"operation {op.name}, or its size, is not for workers")
 
     def _answer_out_of_memory(self) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any, Final
 
 from luacell.protocol.confinement import DEFAULT, UNTRUSTED
+from luacell.worker import nested
 
 # C modules of the system (lua-cjson, lpeg) resolve LuaJIT's symbols from the process: they must be global.
 sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
@@ -20,7 +21,7 @@ from lupa import luajit21 as lupa  # noqa: E402
 
 _PRELUDE: Final = {
     name: files("luacell.worker").joinpath("lua", name).read_bytes()
-    for name in ("execute.lua", "load.lua", "serve.lua", "typed.lua", "untrusted.lua")
+    for name in ("execute.lua", "load.lua", "nested.lua", "serve.lua", "typed.lua", "untrusted.lua")
 }
 _ENCODING: Final = "latin-1"  # every byte string survives the way through lupa
 
@@ -56,7 +57,19 @@ class Vm:
 
     def make_loop(self, *arguments: object) -> Any:
         """Return the loop of serve.lua: a table with `serve` and `done_with`; see there for the arguments."""
-        return self._chunk("serve.lua", self._runtime, *arguments)
+        loop = self._chunk("serve.lua", self._runtime, *arguments)
+        typed = self._chunk("typed.lua", self._runtime)
+        asked = (self._asked(nested.named), self._asked(nested.described), self._asked(nested.failed))
+        self._chunk("nested.lua", self._runtime, loop, typed, *asked, self._lua.table_from(nested.KINDS))
+        return loop
+
+    def _asked(self, function: Callable[..., Mapping[str, Any]]) -> Callable[..., Any]:
+        """Return a function of Python as Lua can call it."""
+
+        def answer(*texts: str) -> Any:
+            return self._lua.table_from(function(*(text.encode(_ENCODING) for text in texts)))
+
+        return answer
 
     def load(
         self,

@@ -11,6 +11,7 @@ local cast, copy, fill, C = ffi.cast, ffi.copy, ffi.fill, ffi.C
 local band, rshift = bit.band, bit.rshift
 local xpcall, pcall, type, tostring, tonumber, error = xpcall, pcall, type, tostring, tonumber, error
 local sub, find, traceback, floor, stderr = string.sub, string.find, debug.traceback, math.floor, io.stderr
+local max = math.max
 local setmetatable = setmetatable
 
 ffi.cdef [[
@@ -50,6 +51,8 @@ local target -- the contract's function
 local is_typed = false -- whether it is a binding, which is told sizes and arena and returns the bytes that it wrote
 local forget_arena -- told when a host is gone, where the contract is typed
 local deadline_ns = 0 -- of the running call
+local running = false -- whether there is one
+local began_ns, limit_ns, waited_ns = 0, 0, 0 -- of it; waiting for calls of its own is no running
 local timer_ns = 0 -- when the timer fires; 0: not set
 local cpu_us, cpu_read_ns = 0, 0 -- CPU time of this process, and when it was that
 local handled -- whether the handler saw the error: LuaJIT does not call it when memory is out
@@ -133,14 +136,38 @@ local function handler(value)
   return cut(text .. traceback("", 2), ERROR_TEXT_MAX)
 end
 
+local Failure = { __tostring = function(failure) return tostring(failure.message) end }
+
+-- What is raised to refuse a call, or where a call of the contract's own was not answered. Uncaught, its code is the
+-- call's own; that is read from what contracts cannot alter.
+local function make_failure(code, text, kind, began)
+  text = cut(text, ERROR_TEXT_MAX)
+  local failure = setmetatable({ code = code, message = text, kind = kind, began = began }, Failure)
+  failures[failure] = { code = code, text = text }
+  return failure
+end
+
 local function fail(code, message)
   if type(code) ~= "number" or code % 1 ~= 0 or not ((code >= 1 and code <= 9) or
       (code >= CONTRACT_CODE_MIN and code <= CODE_MAX)) then
     error("luacell.fail: code " .. described(code) .. " is neither in 1..9 nor from 1024 on", 2)
   end
-  local failure = {}
-  failures[failure] = { code = code, text = cut(message == nil and "" or described(message), ERROR_TEXT_MAX) }
-  error(failure, 0)
+  error(make_failure(code, message == nil and "" or described(message), "", "yes"), 0)
+end
+
+-- The timer of a worker that waits for a call of its own: no longer than until its own call's deadline.
+local function begin_waiting()
+  timer_ns = deadline_ns + TIMER_SLACK_NS
+  local at_ns = clock_ns()
+  set_timer(max(timer_ns - at_ns, 1000))
+  return at_ns
+end
+
+local function end_waiting(since_ns)
+  local at_ns = clock_ns()
+  waited_ns = waited_ns + at_ns - since_ns
+  timer_ns = began_ns + waited_ns + limit_ns + TIMER_SLACK_NS
+  set_timer(max(timer_ns - at_ns, 1000))
 end
 
 -- Seconds that the running call has left; negative when it is past its deadline.
@@ -213,7 +240,8 @@ local function execute(index, place)
     return NOT_BEGUN
   end
   words.cpu_us = cpu_time_us(at_ns)
-  arm(at_ns, record.limit_us * 1e3)
+  began_ns, limit_ns, waited_ns = at_ns, record.limit_us * 1e3, 0
+  arm(at_ns, limit_ns)
   local flags = record.flags
   local args = band(flags, HAS_ARGS) ~= 0 and args_slot + PAYLOAD or nil
   local out
@@ -221,16 +249,18 @@ local function execute(index, place)
     out = out_slot + PAYLOAD
     if out_size > 0 and not is_typed then fill(out, out_size) end
   end
-  handled, chosen_code = false, nil
+  handled, chosen_code, running = false, nil, true
   local fine, result
   if is_typed then
     fine, result = xpcall(target, handler, record.fn_id, args, out, args_size, out_size, record.arena)
+    running = false
     if fine then
       finish(answer, out_slot, sequence, OK, result, nil, 0)
       return 0
     end
   else
     fine, result = xpcall(target, handler, record.fn_id, args, out)
+    running = false
   end
   if fine then
     if result ~= nil and not warned then warn_of_result(result) end
@@ -275,6 +305,10 @@ return {
   clock_ns = clock_ns,
   arm_for = arm_for,
   disarm = disarm,
+  begin_waiting = begin_waiting,
+  end_waiting = end_waiting,
+  time_left_ns = function() return running and deadline_ns - clock_ns() or nil end,
+  make_failure = make_failure,
   described = described,
   cut = cut,
   api = { fail = fail, deadline = deadline },

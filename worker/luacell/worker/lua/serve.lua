@@ -15,6 +15,7 @@ local runtime, library, socket_address, execute_head, records_address, reply_add
 local ffi = require("ffi")
 local bit = require("bit")
 local cast, copy, errno, band = ffi.cast, ffi.copy, ffi.errno, bit.band
+local string_of, byte = ffi.string, string.byte
 local execute, disarm, clock_ns = runtime.execute, runtime.disarm, runtime.clock_ns
 
 ffi.cdef [[
@@ -32,7 +33,7 @@ int luacell_set_option(void *socket, int option, const void *, size_t) __asm__("
 local zmq = ffi.load(library)
 local RCVTIMEO, DONTWAIT, EAGAIN, EINTR = 27, 1, 11, 4
 local PREAMBLE_SIZE, RECORD_SIZE, ANSWER_SIZE = 8, ffi.sizeof("luacell_execute"), ffi.sizeof("luacell_done")
-local COUNT_AT = 4 -- of a preamble
+local OP_AT, COUNT_AT = 3, 4 -- of a preamble
 local ANSWERS_MAX = 256 -- gathered at most
 local GATHER_NS = 100000 -- and for this long at most
 local SLOW_NS = 100000 -- a function that took longer the last time is not begun with answers at hand
@@ -51,6 +52,8 @@ local is_guarded = false
 local is_slow = ffi.new("uint8_t[?]", FUNCTIONS + 1, 1) -- by function: until it is known, every one may be
 local gathering_ns = 0 -- since when answers are at hand
 local began_ns, began_function = 0, 0 -- the last call's
+local set_aside, aside_first, aside_last = {}, 1, 0 -- messages that came while a call waited for one of its own
+local aside -- the one that is being acted on
 
 -- While the timer may be running, receiving wakes up to stop it.
 local function set_guarded(guarded)
@@ -128,8 +131,16 @@ local function serve()
   while true do
     local reason = run()
     if reason then return reason end
-    receive()
-    local data, size = cast("uint8_t *", zmq.luacell_frame_data(frame)), tonumber(zmq.luacell_frame_size(frame))
+    local data, size
+    if aside_first <= aside_last then
+      aside = set_aside[aside_first]
+      set_aside[aside_first] = nil
+      aside_first = aside_first + 1
+      data, size = cast("uint8_t *", aside), #aside
+    else
+      receive()
+      data, size = cast("uint8_t *", zmq.luacell_frame_data(frame)), tonumber(zmq.luacell_frame_size(frame))
+    end
     set_guarded(true)
     local count = 0
     if size >= PREAMBLE_SIZE and cast("uint32_t *", data)[0] == HEAD then
@@ -140,9 +151,42 @@ local function serve()
       return tonumber(cast("uintptr_t", data)), size
     end
     copy(record_bytes, data + PREAMBLE_SIZE, count * RECORD_SIZE)
-    zmq.luacell_frame_close(frame)
+    if aside then aside = nil else zmq.luacell_frame_close(frame) end
     progress.position, progress.count = 0, count
   end
 end
 
-return { serve = serve, done_with = function() zmq.luacell_frame_close(frame) end }
+-- -- for a call that makes one itself ----------------------------------------------------------------------------
+local inner_frame = ffi.new("luacell_frame")
+
+-- Answers for the calls before the running one must not wait for it.
+local function send(message)
+  if progress.unsent > 0 then answer() end
+  while zmq.luacell_send(socket, message, #message, 0) < 0 do
+    if errno() ~= EINTR then error("zmq_send failed with errno " .. errno(), 0) end
+  end
+end
+
+-- Wait for a message of one of the given operations; others are set aside.
+local function await(wanted)
+  while true do
+    zmq.luacell_frame_init(inner_frame)
+    if zmq.luacell_frame_receive(inner_frame, socket, 0) >= 0 then
+      local message = string_of(zmq.luacell_frame_data(inner_frame), zmq.luacell_frame_size(inner_frame))
+      zmq.luacell_frame_close(inner_frame)
+      local op = byte(message, OP_AT + 1)
+      if wanted[op] then return op, message end
+      aside_last = aside_last + 1
+      set_aside[aside_last] = message
+    else
+      local code = errno()
+      if code ~= EINTR and code ~= EAGAIN then error("zmq_msg_recv failed with errno " .. code, 0) end
+    end
+  end
+end
+
+local function done_with()
+  if aside then aside = nil else zmq.luacell_frame_close(frame) end
+end
+
+return { serve = serve, done_with = done_with, send = send, await = await }

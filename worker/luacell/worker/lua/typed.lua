@@ -33,7 +33,7 @@ local FETCH, CREATE, DESTROY = 0xFFFF, 0xFFFE, 0xFFFD
 
 local SHOWN_MAX = 40 -- bytes of a string in an error text
 
-local typed = { new_table = new_table }
+local typed = { new_table = new_table, ffi = ffi }
 
 -- -- from memory -------------------------------------------------------------------------------------------------
 -- A 64-bit integer as a number where that is exact, else as it is.
@@ -194,6 +194,14 @@ function Tail:finish(target, fixed, fixed_size)
     local part = self[index]
     put(target, part[1], part[2], part[3])
   end
+end
+
+-- The bytes of arguments that a contract calls another with.
+function typed.packed(tail, fixed, fixed_size)
+  local size = tail.count > 0 and tail.size or fixed_size
+  local memory = new("uint8_t[?]", size)
+  tail:finish(memory, fixed, fixed_size)
+  return string_of(memory, size)
 end
 
 -- -- results that did not fit ------------------------------------------------------------------------------------
