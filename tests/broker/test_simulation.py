@@ -227,7 +227,7 @@ def an_inspection_that_is_not_answered_is_waited_for(patch: Patch) -> None:
 
 @breakage
 def a_slot_is_released_before_its_host_was_told_of_the_deadline(patch: Patch) -> None:
-    def release(self: Dispatcher, call: Call, effects: Effects) -> None:
+    def release(self: Dispatcher, call: Call, now_ns: int, effects: Effects) -> None:
         call.inquiry = None
         if call.session.id in self.sessions:
             effects.append(SendReleased(call.session.id, call.header.call_id))
