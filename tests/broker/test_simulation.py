@@ -36,6 +36,7 @@ from tests.broker.auditor import Violation
 from tests.broker.simulated_memory import Memory
 from tests.broker.simulated_workers import CARRY_STEPS, STEPS
 from tests.broker.simulation import Simulation, Swarm, simulate
+from tests.soak.simulation import kept
 
 SEEDS = range(1, 41)
 STEPS_PER_SEED = 5_000
@@ -590,3 +591,8 @@ def a_call_id_is_taken_twice_the_quick_way(patch: Patch) -> None:
         return call
 
     patch.setattr(Dispatcher, "quick_call", take)
+
+
+@pytest.mark.parametrize(("seed", "steps"), [(1, 1_000), *kept()])
+def test_worlds_that_broke_a_rule_once_break_none(seed: int, steps: int) -> None:
+    simulate(seed, steps)

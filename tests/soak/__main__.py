@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from tests.soak import crashes, crowds, failures, kills, million, reloads
+from tests.soak import crashes, crowds, failures, fuzz, kills, million, reloads, simulation
 from tests.soak.report import Report
 
 RUNS: dict[str, Callable[[int], Report]] = {
@@ -21,6 +21,8 @@ RUNS: dict[str, Callable[[int], Report]] = {
     "million": million.run,
     "reloads": reloads.run,
     "failures": failures.run,
+    "fuzz": fuzz.run,
+    "simulation": simulation.run,
 }
 LIMIT_S = 600  # for all runs together; what is under way then is cleaned up, and counts as failed
 
