@@ -11,7 +11,7 @@ import pytest
 from luacell.protocol.api import parse
 from luacell.protocol.errors import AbiErrorCode, BadResult
 from luacell.protocol.messages import SEAT_SHIFT
-from luacell.worker.binding import binding_source
+from luacell.worker.binding import binding_source, caller_source
 from tests.support.apis import SVC
 from tests.support.in_process import ARENA, CREATE, DESTROY, FETCH, IN_INSTANCE, Failed, InProcess, head
 from tests.support.typed_contracts import COUNTER_LUA, SVC_LUA, counter_api, echoes
@@ -476,3 +476,11 @@ def test_only_singletons_hand_on_state_and_functions_of_the_contract_are_no_hook
     text = one("u32") + '[[host_contract.functions]]\nname = "save"\n'
     made = saving(text=text)
     assert (made.vm.saves, made.vm.restores) == (False, True)
+
+
+def test_callers_of_a_typed_contract_have_a_table_of_its_functions() -> None:
+    text = caller_source(parse(SVC, "api.toml").host_contracts[0])
+    assert 'functions["upper"] = { id = 1, count = 1, size = 16, varies = true' in text
+    assert 'functions["scale"] = { id = 0, count = 3, size = 8, varies = false' in text
+    nothing = caller_source(parse(counter_api(), "api.toml").host_contracts[0])
+    assert "pack = function()\n  return nil\nend, unpack = nil }" in nothing

@@ -358,8 +358,7 @@ class Handover:
         if worker.call is outer:
             look_ns = outer.sent_ns + outer.waited_ns + outer.contract.run_limit_ns
             latest_ns = now_ns + KILL_AFTER_NS if outer.answered else outer.deadline_ns
-            if outer.timer is not None:
-                self._wheel.cancel(outer.timer, outer)
+            self._wheel.cancel(outer.timer or 0, outer)
             outer.timer = self._wheel.set(min(look_ns, latest_ns), outer)
 
     def _untie(self, call: Call, now_ns: int, effects: list[Effect]) -> None:
