@@ -37,6 +37,7 @@ OUT_SIZE = 8  # bytes that every call asks for
 QUEUE_MAX = 6
 WINDOW_MAX = 4
 CALLS_IN_FLIGHT_MAX = 14
+CRASHES_MAX = 3
 WORKERS_MAX = 12
 STARTS_AT_ONCE_MAX = 3
 START_LIMIT_NS = LOAD_LIMIT_NS = 200 * NS_PER_MS
@@ -383,6 +384,9 @@ class Auditor:
         elif effect.code is AbiErrorCode.OUT_OF_MEMORY:
             lied = truth.is_lied_about
             self.demand(lied or truth.code == effect.code, truth, "did not run out of memory")
+        elif effect.code is AbiErrorCode.QUARANTINED:
+            is_resting = truth.call.contract.quarantine.is_in_force
+            self.demand(is_resting and bool(effect.retry_after), truth, "rests without a quarantine, or for no time")
         elif effect.code is AbiErrorCode.BUSY:
             self.demand(truth.call.contract.queue.is_full, truth, "makes room in a queue that is not full")
         else:

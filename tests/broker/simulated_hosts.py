@@ -14,6 +14,7 @@ from luacell.protocol.headers import HAS_ARGS, HAS_OUT, Call
 from luacell.protocol.limits import DEADLINE_MAX_US, NS_PER_MS
 from luacell.protocol.messages import API_MODULE, IN_INSTANCE, SEAT_SHIFT, Settings
 from luacell.protocol.slots import GENERATION_MASK, SLOT_SHIFT
+from tests.broker import auditor
 from tests.broker.simulated_memory import Slot
 from tests.broker.simulated_time import Wire
 
@@ -299,6 +300,8 @@ def random_record(world: Simulation, contract_id: int, session: bytes, source: b
         run_limit_us=rng.choice((20_000, 100_000, 400_000)),
         stateless=stateless,
         workers=rng.randrange(1, 4) if stateless or modules else 1,
+        max_queue=auditor.QUEUE_MAX,
+        max_in_flight=rng.choice((4, auditor.CALLS_IN_FLIGHT_MAX)),
     )
     owner = session if not source and rng.random() < 0.15 else None
     return ContractRecord(

@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 from random import Random
 from types import ModuleType
 
-from luacell.broker import answers, catalogue, dispatcher, model, windows, workforce
+from luacell.broker import answers, catalogue, model, quarantine, windows, workforce
 from luacell.broker.causes import SIGKILL, Cause
 from luacell.protocol.limits import NS_PER_MS, NS_PER_S, NS_PER_US
 from tests.broker import auditor
@@ -34,8 +34,10 @@ from tests.broker.simulated_workers import SimulatedWorker, SimulatedWorkerHost
 
 DRAIN_STEPS_MAX = 200_000  # a world without new calls comes to rest long before
 SMALL_BOUNDS: tuple[tuple[ModuleType, str, int], ...] = (
-    (model, "QUEUE_MAX", auditor.QUEUE_MAX),
-    (dispatcher, "CALLS_IN_FLIGHT_MAX", auditor.CALLS_IN_FLIGHT_MAX),
+    (model, "CALLS_IN_FLIGHT_MAX", auditor.CALLS_IN_FLIGHT_MAX),
+    (quarantine, "CRASHES_MAX", auditor.CRASHES_MAX),
+    (quarantine, "REST_FIRST_NS", 50 * NS_PER_MS),
+    (quarantine, "REST_MAX_NS", 400 * NS_PER_MS),
     (answers, "CALLS_IN_FLIGHT_MAX", auditor.CALLS_IN_FLIGHT_MAX),
     (model, "WINDOW_FIRST", 3),
     (windows, "WINDOW_MAX", auditor.WINDOW_MAX),

@@ -67,7 +67,7 @@ def test_a_good_call_is_not_malformed(bench: Bench, change: dict[str, int]) -> N
 
 
 def test_without_a_reached_bound_nothing_is_over_it(call: Call) -> None:
-    assert answers.over_bound(call.session, call.contract) is None
+    assert answers.over_bound(call.session, call.contract, 0) is None
 
 
 def test_a_missed_deadline_names_the_budget(call: Call) -> None:
@@ -123,7 +123,7 @@ def test_a_crash_names_its_cause(call: Call, cause: Cause, verdict: str, began: 
 
 def test_a_contract_that_no_longer_loads_says_why(call: Call) -> None:
     call.contract.failure = "f.lua:1: oops"
-    failure = answers.load_failure(HOST, call.header, call.contract, slot="free")
+    failure = answers.load_failure(HOST, call.header, call.contract, call.arrived_ns, slot="free")
     assert failure.kind == "ContractLoadFailed"
     assert failure.message == "VM dispatch failed for contract_id=0x0000000000000001 fn_id=7: f.lua:1: oops"
 

@@ -9,9 +9,11 @@ from luacell.broker.model import (
     IDLE,
     Call,
     DropPair,
+    Effect,
     InspectWorker,
     KillWorker,
     LoadWorker,
+    Record,
     SendCall,
     SendFailure,
     SendReleased,
@@ -19,6 +21,7 @@ from luacell.broker.model import (
     SendResult,
     Worker,
 )
+from luacell.broker.quarantine import CRASHES_MAX
 from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.headers import NOT_BEGUN, RETIRE, Done
 from luacell.protocol.limits import CALLS_IN_FLIGHT_MAX, ERROR_TEXT_MAX, NS_PER_MS, QUEUE_MAX
@@ -813,3 +816,125 @@ def test_a_result_that_is_there_at_the_end_of_a_drain_is_relayed(bench: Bench, w
     bench.effects = bench.dispatcher.cancel_all(bench.now_ns)
     assert bench.result.call is running
     assert not bench.has(SendFailure)
+
+
+# -- quarantine -------------------------------------------------------------------------------------------------
+def crash(bench: Bench, host: bytes = HOST, cause: Cause = SEGFAULT, times: int = CRASHES_MAX) -> None:
+    for _ in range(times):
+        call = bench.call(host=host)
+        if call.worker is None:
+            bench.load_next()
+        bench.begin(call)
+        assert call.worker is not None
+        bench.die(call.worker, cause)
+
+
+def test_a_contract_that_crashes_rests_for_its_host_and_one_call_tries(bench: Bench) -> None:
+    crash(bench)
+    assert "contract quarantined" in [each.event for each in of_kind(bench.effects, Record)]
+    bench.send(bench.header())
+    assert (bench.failure.code, bench.failure.slot) == (AbiErrorCode.QUARANTINED, "unused")
+    assert bench.failure.retry_after == 1.0
+    other = bench.call(host=OTHER_HOST)
+    bench.load_next()
+    bench.done(other)
+    bench.pass_ms(1_100)
+    trial = bench.call()
+    bench.send(bench.header())
+    assert bench.failure.code is AbiErrorCode.QUARANTINED
+    bench.done(trial)
+    bench.done(bench.call())
+    assert not trial.contract.quarantine.is_in_force
+    assert trial.contract.quick_budget_us > 0
+
+
+def test_calls_that_wait_rest_too(bench: Bench) -> None:
+    crash(bench, times=CRASHES_MAX - 1)
+    running = bench.call()
+    worker = bench.load_next()
+    waiting, other = bench.call(), bench.call(host=OTHER_HOST)
+    bench.begin(running)
+    bench.die(worker, SEGFAULT)
+    codes = [(each.call_id, each.code) for each in of_kind(bench.effects, SendFailure)]
+    assert set(codes) == {
+        (running.header.call_id, AbiErrorCode.WORKER_CRASHED),
+        (waiting.header.call_id, AbiErrorCode.QUARANTINED),
+    }
+    bench.load_next()
+    assert other.worker is not None
+
+
+def test_calls_that_were_handed_ahead_rest_too() -> None:
+    bench = Bench(spares=0, window=8)
+    bench.serve()
+    crash(bench, times=CRASHES_MAX - 1)
+    running, ahead = bench.call(), bench.call()
+    worker = bench.load_next()
+    bench.begin(running)
+    bench.die(worker, SEGFAULT)
+    assert ahead.state is not None
+    assert ahead.answered
+
+
+def test_kills_from_outside_are_no_reason_to_rest(bench: Bench) -> None:
+    crash(bench, cause=KILLED, times=3 * CRASHES_MAX)
+    bench.call()
+
+
+def test_a_call_that_crashes_after_its_deadline_counts_too(bench: Bench) -> None:
+    for _ in range(CRASHES_MAX):
+        call = bench.call(budget_us=20_000)
+        if call.worker is None:
+            bench.load_next()
+        bench.begin(call)
+        bench.pass_ms(30)
+        assert call.answered
+        assert call.worker is not None
+        bench.die(call.worker, SEGFAULT)
+    bench.send(bench.header())
+    assert bench.failure.code is AbiErrorCode.QUARANTINED
+
+
+def test_kills_at_the_run_limit_count(bench: Bench) -> None:
+    bench.serve(2, deadline_us=300_000, run_limit_us=50_000)
+    for _ in range(CRASHES_MAX):
+        call = bench.call(2)
+        if call.worker is None:
+            bench.load_next()
+        bench.begin(call)
+        bench.pass_ms(60)
+        assert call.worker is not None
+        bench.die(call.worker, KILLED)
+    bench.send(bench.header(2))
+    assert bench.failure.code is AbiErrorCode.QUARANTINED
+
+
+def test_a_contract_that_is_revived_is_called_at_once(bench: Bench) -> None:
+    crash(bench)
+    contract = bench.catalogue.serving[CONTRACT]
+    effects: list[Effect] = []
+    assert bench.catalogue.revive(contract, bench.now_ns, effects)
+    assert not bench.catalogue.revive(contract, bench.now_ns, effects)
+    bench.call()
+
+
+def test_a_call_that_was_not_begun_tries_when_the_rest_is_over(bench: Bench) -> None:
+    crash(bench)
+    bench.pass_ms(1_100)
+    trial = bench.call()
+    worker = bench.load_next()
+    bench.die(worker, KILLED)
+    bench.load_next()
+    assert trial.worker is not None
+    assert trial.contract.quarantine.is_trial(trial)
+
+
+def test_calls_in_flight_per_host_are_bounded_for_a_contract(bench: Bench) -> None:
+    bench.serve(2, max_in_flight=2)
+    bench.call(2)
+    bench.call(2)
+    bench.send(bench.header(2))
+    assert bench.failure.limit == "calls in flight per host for this contract: 2"
+    assert bench.failure.retry_after
+    bench.call(1)
+    bench.call(2, host=OTHER_HOST)

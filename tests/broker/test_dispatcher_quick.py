@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from luacell.broker import dispatcher as dispatcher_module
 from luacell.broker.model import QUEUED, Call, SendFailure, Worker
 from luacell.broker.queues import FairQueue
 from luacell.protocol.headers import NOT_BEGUN, RETIRE, Done
@@ -140,12 +139,11 @@ def test_an_arena_serves_one_contract_the_quick_way_too(bench: Bench) -> None:
     assert quick_call(bench, contract_id=2) is None
 
 
-def test_call_ids_and_bounds_hold_on_the_quick_way_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench.serve(2)
+def test_call_ids_and_bounds_hold_on_the_quick_way_too(bench: Bench) -> None:
+    bench.serve(2, max_in_flight=1)
     call = bench.call(2)
     assert quick_call(bench, call_id=call.header.call_id) is None
-    monkeypatch.setattr(dispatcher_module, "CALLS_IN_FLIGHT_MAX", 1)
-    assert quick_call(bench) is None
+    assert quick_call(bench, contract_id=2) is None
 
 
 def test_a_private_contract_is_not_called_the_quick_way() -> None:

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luacell.broker.outputs import CUT_EVERY_NS, Kept, OutputBudget
-from luacell.protocol.limits import OUTPUT_PER_CALL_MAX
+from luacell.broker.outputs import CUT_EVERY_NS, Kept, OutputBudget, RecordRate
+from luacell.protocol.limits import NS_PER_S, OUTPUT_PER_CALL_MAX
 
 NOW_NS = 10**12
 
@@ -63,3 +63,9 @@ def test_every_byte_is_kept_or_told(pieces: list[tuple[int, int, int]]) -> None:
     told += budget.tell(NOW_NS)
     assert kept + told == sum(size + cut for _, size, cut in pieces)
     assert kept <= (served + 1) * OUTPUT_PER_CALL_MAX
+
+
+def test_so_many_records_a_second_there_may_be() -> None:
+    rate = RecordRate(2)
+    assert [rate.take(NS_PER_S) for _ in range(3)] == [True, True, False]
+    assert [rate.take(NS_PER_S + NS_PER_S // 2) for _ in range(2)] == [True, False]

@@ -22,8 +22,8 @@ from tests.support.contracts import DOUBLE, HEALTHY, answers
 from tests.support.waiting import LIMIT_S, eventually
 
 VERBS = (
-    *("serve", "broker", "worker-host", "deploy", "undeploy", "dev", "register", "unregister", "call", "ls", "health"),
-    *("demo", "bench", "validate", "explain", "stubs", "new"),
+    *("serve", "broker", "worker-host", "deploy", "undeploy", "dev", "register", "unregister", "revive", "call"),
+    *("ls", "health", "demo", "bench", "validate", "explain", "stubs", "new"),
 )
 
 

@@ -363,6 +363,7 @@ def test_c45_answer_before_a_crash_arrives(bridge: LuaHostBridge, contract: Thro
             crashed = pool.submit(failure, bridge, PROBE, 1)
             assert answered.result()
             assert isinstance(crashed.result(), WorkerCrashed)
+            bridge.revive(PROBE)
 
 
 def test_c48_killing_the_parent_is_refused(bridge: LuaHostBridge, contract: Thrower) -> None:

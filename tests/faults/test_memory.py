@@ -169,6 +169,7 @@ def test_m08_writing_past_out_costs_the_contract_alone(bridge: LuaHostBridge, co
     assert bridge.call(PROBE, 5000, None, 100) == b"\x2a" + b"\xff" * 99, "into the rest of its slot"
     for _ in range(5):
         failure(bridge, PROBE, 2**31)
+        bridge.revive(PROBE)
         assert serves(bridge)
     crashed = failure(bridge, PROBE, 2**31)
     assert isinstance(crashed, WorkerCrashed)

@@ -120,6 +120,7 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
         "by id": messages.Unregister(request_id=2, contract=_CONTRACT),
         "two at once": messages.Unregister(request_id=2, contract=_CONTRACT, others=_CONTRACT[::-1]),
     },
+    Op.REVIVE: {"by id": messages.Revive(request_id=9, contract=_CONTRACT)},
     Op.LIST: {"the second page": messages.List(request_id=3, first=500)},
     Op.DESCRIBE: {"a contract": messages.Describe(request_id=8, contract=_CONTRACT)},
     Op.HEALTH: {"a question": messages.Health(request_id=4)},

@@ -50,6 +50,7 @@ OPERATIONS = {
     "CALL_INLINE": 12,
     "DESCRIBE": 13,
     "COMMIT": 14,
+    "REVIVE": 15,
     "WELCOME": 32,
     "RESULT": 33,
     "FAILURE": 34,

@@ -155,6 +155,7 @@ def test_queued_calls_survive_the_crash_before_them(bridge: LuaHostBridge, fatal
             calls = [pool.submit(serves, bridge, fatal) for _ in range(20)]
             assert isinstance(crash.result(), WorkerCrashed)
             assert all(call.result() for call in calls)
+            bridge.revive(fatal)
 
 
 def test_call_in_the_queue_at_its_deadline_had_not_begun(bridge: LuaHostBridge) -> None:

@@ -11,19 +11,23 @@ from typing import Final
 from luacell.broker.books import Refusal
 from luacell.broker.causes import NO_VITALS, SIGKILL, UNKNOWN, Cause, Vitals
 from luacell.broker.model import Call, Contract, SendFailure, Session
+from luacell.broker.quarantine import CRASHES_MAX, PERIOD_NS
 from luacell.protocol import headers
 from luacell.protocol.errors import AbiErrorCode, Began
 from luacell.protocol.identity import format_id
 from luacell.protocol.limits import CALLS_IN_FLIGHT_MAX, DEADLINE_MAX_US, MIB, NS_PER_S
 
+RETRY_MIN_S: Final = 0.001
+RETRY_MAX_S: Final = 60.0
+RETRY_UNKNOWN_S: Final = 0.1  # where no pace foretells anything
 FLAGS: Final = headers.HAS_ARGS | headers.HAS_OUT
 
 
 # -- calls that are not accepted ---------------------------------------------------------------------------
 def refused(session: Session, header: headers.Call, refusal: Refusal) -> SendFailure:
     """Say that a call is not accepted; its slot was never used."""
-    code, message, limit = refusal
-    return SendFailure(session.id, header.call_id, code, message, slot="unused", limit=limit)
+    code, message, limit, retry_after = refusal
+    return SendFailure(session.id, header.call_id, code, message, slot="unused", limit=limit, retry_after=retry_after)
 
 
 def unknown_contract(header: headers.Call) -> Refusal:
@@ -55,30 +59,73 @@ def are_flags_right(header: headers.Call) -> bool:
     )
 
 
-def over_bound(session: Session, contract: Contract) -> Refusal | None:
+def over_bound(session: Session, contract: Contract, in_flight: int) -> Refusal | None:
     """Return which bound one more call would exceed, or None.
 
     A full queue takes one where another host's can be displaced for it.
+
+    Args:
+        session: of the host.
+        contract: that it calls.
+        in_flight: its calls to this contract that are in flight, as far as that may matter.
     """
-    busy = AbiErrorCode.BUSY
+    busy, title, retry_after = AbiErrorCode.BUSY, contract.record.title, _pace_of(contract)
     if len(session.calls) >= CALLS_IN_FLIGHT_MAX:
         limit = f"calls in flight per host: {CALLS_IN_FLIGHT_MAX}"
-        return Refusal(busy, f"the bound on {limit} is reached; retry when one has ended", limit)
+        text = f"the bound on {limit} is reached; retry when one has ended, in about {retry_after:.3g} s"
+        return Refusal(busy, text, limit, retry_after)
+    if in_flight >= contract.in_flight_max:
+        limit = f"calls in flight per host for this contract: {contract.in_flight_max}"
+        text = f"{title}: the bound on {limit} is reached; retry when one has ended, in about {retry_after:.3g} s"
+        return Refusal(busy, text, limit, retry_after)
     if contract.queue.is_full and contract.queue.displaceable(session) is None:
-        limit = _queue_limit(contract)
-        return Refusal(busy, f"{contract.record.title}: the bound on {limit} is reached; retry later", limit)
+        limit, retry_after = _queue_limit(contract), _queue_wait(contract)
+        text = f"{title}: the bound on {limit} is reached; retry later, in about {retry_after:.3g} s"
+        return Refusal(busy, text, limit, retry_after)
     return None
 
 
 def _queue_limit(contract: Contract) -> str:
-    return f"calls queued for a contract: {len(contract.queue)}"
+    return f"calls queued for a contract: {contract.queue.bound}"
+
+
+def _pace_of(contract: Contract) -> float:
+    """Return in what time a call of the contract ends, in seconds, as far as its pace foretells."""
+    if not contract.pace_ns:
+        return RETRY_UNKNOWN_S
+    return _bounded(contract.pace_ns / NS_PER_S / max(1, len(contract.workers)))
+
+
+def _queue_wait(contract: Contract) -> float:
+    """Return in what time half of a contract's queue has gone, in seconds, as far as its pace foretells."""
+    if not contract.pace_ns:
+        return RETRY_UNKNOWN_S
+    return _bounded(_pace_of(contract) * len(contract.queue) / 2)
+
+
+def _bounded(seconds: float) -> float:
+    return min(max(round(seconds, 3), RETRY_MIN_S), RETRY_MAX_S)
+
+
+def resting(contract: Contract, wait_ns: int) -> Refusal:
+    """A contract is in quarantine, for this host or for all."""
+    retry_after = _bounded(wait_ns / NS_PER_S)
+    return Refusal(AbiErrorCode.QUARANTINED, _resting(contract.record.title, contract, retry_after), "", retry_after)
+
+
+def _resting(title: str, contract: Contract, retry_after: float) -> str:
+    for_whom = "" if contract.quarantine.whole is not None else " for this host"
+    return (
+        f"{title}: quarantined{for_whom}, its calls crashed {CRASHES_MAX} times within {PERIOD_NS // NS_PER_S} s; "
+        f"retry in {retry_after:.3g} s, or mend it: `luacell revive {contract.record.title}` ends this"
+    )
 
 
 def no_worker(contract: Contract, workers_max: int) -> Refusal:
     """There is no worker for a contract, and there are as many as there may be."""
     limit = f"workers: {workers_max}"
     text = f"{contract.record.title}: the bound on {limit} is reached; retry later, unregister what is not needed"
-    return Refusal(AbiErrorCode.BUSY, text, limit)
+    return Refusal(AbiErrorCode.BUSY, text, limit, RETRY_UNKNOWN_S)
 
 
 def shutting_down(header: headers.Call) -> Refusal:
@@ -105,12 +152,15 @@ def too_deep(outer: Call, depth_max: int) -> Refusal:
 
 
 # -- calls that got no result ------------------------------------------------------------------------------
-def load_failure(session_id: bytes, header: headers.Call, contract: Contract, slot: str) -> SendFailure:
+def load_failure(session_id: bytes, header: headers.Call, contract: Contract, now_ns: int, slot: str) -> SendFailure:
     """Say that a registered contract no longer loads; the call was not begun."""
     ids = f"contract_id={format_id(contract.record.id)} fn_id={header.fn_id}"
     text = f"VM dispatch failed for {ids}: {contract.failure}"
     code = AbiErrorCode.HOST_CONTRACT_CALL_FAILED
-    return SendFailure(session_id, header.call_id, code, text, kind="ContractLoadFailed", slot=slot)
+    retry_after = _bounded((contract.retry_ns - now_ns) / NS_PER_S)
+    return SendFailure(
+        session_id, header.call_id, code, text, kind="ContractLoadFailed", slot=slot, retry_after=retry_after
+    )
 
 
 def unregistered(call: Call) -> SendFailure:
@@ -122,9 +172,19 @@ def unregistered(call: Call) -> SendFailure:
 
 def displaced(call: Call, now_ns: int) -> SendFailure:
     """Say that a queued call has made room for one of a host that has fewer of them."""
-    limit = _queue_limit(call.contract)
-    text = f"{call.title}: the bound on {limit} is reached, and other hosts have fewer of them; retry later"
-    return _failure(call, AbiErrorCode.BUSY, text, "no", now_ns, limit=limit)
+    limit, retry_after = _queue_limit(call.contract), _queue_wait(call.contract)
+    text = (
+        f"{call.title}: the bound on {limit} is reached, and other hosts have fewer of them; "
+        f"retry later, in about {retry_after:.3g} s"
+    )
+    return _failure(call, AbiErrorCode.BUSY, text, "no", now_ns, limit=limit)._replace(retry_after=retry_after)
+
+
+def quarantined(call: Call, wait_ns: int, now_ns: int) -> SendFailure:
+    """Say that a call which waited has to rest with its contract."""
+    retry_after = _bounded(wait_ns / NS_PER_S)
+    text = _resting(call.title, call.contract, retry_after)
+    return _failure(call, AbiErrorCode.QUARANTINED, text, "no", now_ns)._replace(retry_after=retry_after)
 
 
 def reentrant(call: Call, chain: list[Call], now_ns: int) -> SendFailure:

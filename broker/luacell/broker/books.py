@@ -26,11 +26,16 @@ ARENA_BITS: Final = 32
 
 
 class Refusal(NamedTuple):
-    """Why something is not done: a code, a text for people, and the bound where one was hit."""
+    """Why something is not done: a code, a text for people, and the bound where one was hit.
+
+    Attributes:
+        retry_after: seconds after which it may fare better, an estimate; or None.
+    """
 
     code: AbiErrorCode
     message: str
     limit: str = ""
+    retry_after: float | None = None
 
 
 class PairState(Enum):
@@ -149,6 +154,11 @@ class Books:
     def slots_in_flight(self) -> int:
         """Slots that a worker may touch."""
         return sum(pair.in_flight for arena in self._arenas.values() for pair in arena.pairs.values())
+
+    def in_flight(self, session: bytes, contract_id: int) -> int:
+        """Return how many slots of a host's calls to one contract a worker may touch, or will."""
+        arena = self._by_owner.get(session, {}).get(contract_id)
+        return 0 if arena is None else sum(pair.in_flight for pair in arena.pairs.values())
 
     def plan_pair(self, session: bytes, contract_id: int, shape: SlotShape) -> Pair | Refusal:
         """Reserve memory for a pair, before it is created; `abandon` takes the reservation back."""

@@ -31,6 +31,7 @@ from luacell.broker.model import (
     StoreContracts,
     Subject,
 )
+from luacell.broker.quarantine import Quarantine
 from luacell.broker.registry import ContractRecord, Registry
 from luacell.broker.seats import move_calls
 from luacell.broker.timers import TimerWheel
@@ -230,6 +231,21 @@ class Catalogue:
         self._retire(contract, now_ns, effects)
         effects.append(Record("info", "contract unregistered", {"contract": contract.record.title}))
         return calls
+
+    def revive(self, contract: Contract, now_ns: int, effects: list[Effect]) -> bool:
+        """End a contract's quarantine, and the wait for its next load; tell whether it rested."""
+        was_resting = contract.quarantine.is_in_force or contract.retry_ns > now_ns
+        fresh = Quarantine()
+        for place in contract.places:
+            place.quarantine = fresh
+            place.note_quarantine()
+            place.failures = 0
+            place.retry_ns = 0
+        if was_resting:
+            effects.append(Record("info", "contract revived", {"contract": contract.record.title}))
+        for place in contract.places:
+            self.staff(place, now_ns, effects)
+        return was_resting
 
     def host_left(self, session_id: bytes, now_ns: int, effects: list[Effect]) -> None:
         """Remove what was private to a host, registrations under way included; only it had calls there."""

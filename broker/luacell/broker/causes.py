@@ -8,6 +8,9 @@ from typing import Final, NamedTuple
 
 SIGALRM = int(signal.SIGALRM)
 SIGKILL = int(signal.SIGKILL)
+HOST_LEAVES: Final = "its worker host is to end"
+HOST_GONE: Final = "its worker host is gone"
+FROM_OUTSIDE: Final = (HOST_LEAVES, HOST_GONE)  # verdicts that blame no contract
 
 
 class Vitals(NamedTuple):
@@ -55,6 +58,18 @@ class Cause:
         if self.exit_code is not None:
             return f"exit code {self.exit_code}"
         return "an unknown cause"
+
+    def is_own_doing(self, verdict: str) -> bool:
+        """Whether a contract has caused this death itself, as far as can be seen.
+
+        What was killed from outside or with its worker host was not, nor what nobody knows the end of.
+
+        Args:
+            verdict: why this broker has killed it, or "".
+        """
+        if self.problem or self == UNKNOWN or verdict in FROM_OUTSIDE:
+            return False
+        return bool(verdict) or self.signal != SIGKILL
 
     @property
     def label(self) -> str:

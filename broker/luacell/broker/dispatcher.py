@@ -66,7 +66,6 @@ from luacell.broker.timers import BUCKET_NS
 from luacell.broker.windows import SLOW_NS, measure, room_of, worker_with_room
 from luacell.protocol import headers
 from luacell.protocol.limits import (
-    CALLS_IN_FLIGHT_MAX,
     CARRY_LIMIT_NS,
     ERROR_TEXT_MAX,
     LOAD_LIMIT_NS,
@@ -140,13 +139,13 @@ class Dispatcher(Handover):
         if contract is None:
             return [answers.refused(session, header, answers.unknown_contract(header))]
         contract = seat_of(contract, session_id, header.fn_id)
-        refusal = answers.malformed(session, header) or answers.over_bound(session, contract)
+        refusal = answers.malformed(session, header) or self.over_bound(session, contract, now_ns)
         if refusal is None and not contract.workers and self.workforce.is_full:
             refusal = answers.no_worker(contract, self.workforce.workers_max)
         if refusal is not None:
             return [answers.refused(session, header, refusal)]
         if contract.retry_ns > now_ns and not contract.workers:
-            return [answers.load_failure(session_id, header, contract, slot="unused")]
+            return [answers.load_failure(session_id, header, contract, now_ns, slot="unused")]
         book = self._books.take_slot(session_id, header)
         if isinstance(book, Refusal):
             return [answers.refused(session, header, book)]
@@ -160,6 +159,8 @@ class Dispatcher(Handover):
             deadline_ns = min(deadline_ns, outer.deadline_ns)
         call = session.calls[header.call_id] = Call(session, header, contract, book, arrived_ns, deadline_ns)
         call.timer = self._wheel.set(deadline_ns, call)
+        if contract.quarantine.is_in_force:
+            contract.quarantine.accepted(session_id, call)
         effects: list[Effect] = []
         if outer is not None:
             call.parent, call.depth = outer, outer.depth + 1
@@ -180,6 +181,18 @@ class Dispatcher(Handover):
             contract.queue.push(session, call)
             self.catalogue.staff(contract, now_ns, effects)
         return effects
+
+    def over_bound(self, session: Session, contract: Contract, now_ns: int) -> Refusal | None:
+        """Return why a contract cannot have another call of a host now, or None."""
+        if contract.quarantine.is_in_force:
+            wait_ns = contract.quarantine.wait_ns(session.id, now_ns)
+            if wait_ns:
+                return answers.resting(contract, wait_ns)
+            contract.note_quarantine()
+        in_flight = 0
+        if len(session.calls) >= contract.in_flight_max:
+            in_flight = self._books.in_flight(session.id, contract.record.id)
+        return answers.over_bound(session, contract, in_flight)
 
     def _displace(self, contract: Contract, session: Session, now_ns: int, effects: list[Effect]) -> None:
         """Make room in a full queue for a call of `session`: a host with many calls must not keep others out."""
@@ -216,7 +229,7 @@ class Dispatcher(Handover):
             or not 0 < budget_us <= contract.quick_budget_us
             or not call_id
             or call_id in session.calls
-            or len(session.calls) >= CALLS_IN_FLIGHT_MAX
+            or len(session.calls) >= contract.in_flight_max
             or not (contract.idle or (len(contract.workers) >= contract.workers_max and not contract.queue.is_full))
         ):
             return None

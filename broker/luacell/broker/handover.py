@@ -19,10 +19,11 @@ from typing import Final
 from luacell.broker import answers, carrying, chains
 from luacell.broker.books import Books
 from luacell.broker.catalogue import Catalogue
-from luacell.broker.causes import NO_VITALS, SIGALRM, Cause, Vitals
+from luacell.broker.causes import HOST_LEAVES, NO_VITALS, SIGALRM, Cause, Vitals
 from luacell.broker.deaths import Episode, cpu_of, episode_of
 from luacell.broker.model import (
     BUSY,
+    DOOMED,
     ENDED,
     HELD,
     IDLE,
@@ -36,6 +37,7 @@ from luacell.broker.model import (
     Effect,
     Inquiry,
     InspectWorker,
+    Record,
     SendCall,
     SendReleased,
     SendResult,
@@ -48,7 +50,7 @@ from luacell.broker.registry import Registry
 from luacell.broker.seats import seat_of
 from luacell.broker.timers import TimerWheel
 from luacell.broker.windows import SLOW_NS
-from luacell.broker.workforce import HOST_LEAVES, Workforce
+from luacell.broker.workforce import Workforce
 from luacell.protocol import headers
 from luacell.protocol.errors import AbiErrorCode, Began
 from luacell.protocol.limits import ERROR_TEXT_MAX, NS_PER_MS, NS_PER_S
@@ -205,8 +207,10 @@ class Handover:
             if seen.done == call.sequence or call.answered:
                 if is_passed_by(call, seen, now_ns):
                     unbegun.append(call)
-                else:
-                    self._settle(call, seen, now_ns, effects)
+                    continue
+                if has_crashed(call, seen) and not worker.verdict and cause.is_own_doing(""):
+                    self._blame(call, now_ns, effects)
+                self._settle(call, seen, now_ns, effects)
                 continue
             if is_first:
                 is_first = False
@@ -221,6 +225,8 @@ class Handover:
     def _fail_buried(self, episode: Episode, cause: Cause, verdict: str, now_ns: int, effects: list[Effect]) -> None:
         """Answer for a call that its worker has died of."""
         call, began, _, _, cpu = episode
+        if cause.is_own_doing(verdict):
+            self._blame(call, now_ns, effects)
         if cause.signal == SIGALRM:
             effects.append(answers.stopped_by_timer(call, began, now_ns, cpu))
         else:
@@ -261,6 +267,37 @@ class Handover:
             )
         )
 
+    def _blame(self, call: Call, now_ns: int, effects: list[Effect]) -> None:
+        """A call has crashed its contract, or had to be killed: where that is often so, those that wait rest, too."""
+        contract = call.contract
+        if not contract.quarantine.crashed(call.session.id, call, now_ns):
+            return
+        contract.note_quarantine()
+        wait_ns = contract.quarantine.wait_ns(call.session.id, now_ns)
+        fields = {
+            "contract": contract.record.title,
+            "host": call.session.id.hex(),
+            "for_all_hosts": contract.quarantine.whole is not None,
+            "rest_s": wait_ns / NS_PER_S,
+        }
+        effects.append(Record("warning", "contract quarantined", fields))
+        for waiting in list(contract.queue):
+            if waiting is not call and self._must_rest(waiting, now_ns, effects):
+                contract.queue.remove(waiting.session, waiting)
+                self._end(waiting, now_ns, effects)
+
+    def _must_rest(self, call: Call, now_ns: int, effects: list[Effect]) -> bool:
+        """Answer a call that waits for a contract in quarantine, unless it is the one that may try."""
+        quarantine = call.contract.quarantine
+        if not quarantine.is_in_force or quarantine.is_trial(call):
+            return False
+        wait_ns = quarantine.wait_ns(call.session.id, now_ns)
+        if wait_ns:
+            effects.append(answers.quarantined(call, wait_ns, now_ns))
+        else:
+            quarantine.accepted(call.session.id, call)
+        return wait_ns > 0
+
     def _requeue(self, calls: list[Call], now_ns: int, effects: list[Effect]) -> None:
         """Let other workers have calls that were not begun, ahead of all others: they have waited longest."""
         contracts: dict[Contract, None] = {}
@@ -276,6 +313,9 @@ class Handover:
                     self._fail_unregistered(call, now_ns, effects)
                     continue
                 contract = call.contract = seat_of(successor, call.session.id, call.header.fn_id)
+            if self._must_rest(call, now_ns, effects):
+                self._end(call, now_ns, effects)
+                continue
             self._set_timer(call, call.deadline_ns)
             contract.queue.push_front(call.session, call)
             contracts[contract] = None
@@ -294,8 +334,12 @@ class Handover:
             return
         ran_ns = now_ns - call.sent_ns - call.waited_ns
         has_run_out = ran_ns >= call.contract.run_limit_ns
-        if has_run_out or (ran_ns >= KILL_AFTER_NS and is_running(call, self._memory.look(call))):
+        runs = is_running(call, self._memory.look(call))
+        if has_run_out or (ran_ns >= KILL_AFTER_NS and runs):
+            worker = worker_of(call)
             self._stop_running(call, f"it ran {call.title} for {ran_ns / NS_PER_S:.3f} s", now_ns, effects)
+            if has_run_out and runs and worker.state is DOOMED:
+                self._blame(call, now_ns, effects)
         else:
             call.timer = self._wheel.set(now_ns - ran_ns + call.contract.run_limit_ns, call)
 
@@ -432,7 +476,7 @@ class Handover:
 
     def _load_failed(self, contract: Contract, problem: str, reason: str, now_ns: int, effects: list[Effect]) -> None:
         for call in self.catalogue.load_failed(contract, problem, reason, now_ns, effects):
-            effects.append(answers.load_failure(call.session.id, call.header, contract, slot="free"))
+            effects.append(answers.load_failure(call.session.id, call.header, contract, now_ns, slot="free"))
             self._end(call, now_ns, effects)
 
     def contract_for(self, session_id: bytes, contract_id: int) -> Contract | None:
@@ -526,6 +570,11 @@ def is_passed_by(call: Call, done: headers.Done | Answer, now_ns: int) -> bool:
     """Whether a worker has not begun a call because it was taken back, so that another may have it."""
     is_unbegun = bool(done.flags & headers.NOT_BEGUN)
     return is_unbegun and call.taken_back and not call.answered and now_ns < call.deadline_ns
+
+
+def has_crashed(call: Call, seen: Answer) -> bool:
+    """Whether the worker, now that it is dead, died while it ran the call."""
+    return seen.begun == call.sequence and seen.done != call.sequence
 
 
 def is_running(call: Call, seen: Answer) -> bool:

@@ -91,6 +91,7 @@ class Hosts:
             Op.REGISTER: self._on_register,
             Op.COMMIT: self._on_commit,
             Op.UNREGISTER: self._on_unregister,
+            Op.REVIVE: self._on_revive,
             Op.LIST: self._on_list,
             Op.DESCRIBE: self._on_describe,
             Op.HEALTH: self._on_health,
@@ -242,6 +243,18 @@ class Hosts:
             self._perform(self._dispatcher.unregister(contract_id, time.monotonic_ns()))
         self._outbox.send_reply(SendReply(request) if left else _not_found(request))  # another host was faster
 
+    def _on_revive(self, peer: bytes, count: int, message: bytes) -> None:
+        asked = decode(messages.Revive, message)
+        request = Request(peer, asked.request_id)
+        contract = self._dispatcher.catalogue.serving.get(id_of(asked.contract))
+        if contract is None or contract.record.owner not in (None, peer):
+            self._outbox.send_reply(_not_found(request))
+            return
+        effects: list[Effect] = []
+        was_resting = self._dispatcher.catalogue.revive(contract, time.monotonic_ns(), effects)
+        self._perform(effects)
+        self._outbox.send_reply(SendReply(request, body={"was_resting": was_resting}))
+
     def _on_list(self, peer: bytes, count: int, message: bytes) -> None:
         asked = decode(messages.List, message)
         page, total = self._registry.page(asked.first)
@@ -267,7 +280,7 @@ class Hosts:
 
     def _on_health(self, peer: bytes, count: int, message: bytes) -> None:
         asked = decode(messages.Health, message)
-        body = {**self._facts, **self.facts, **snapshot(self._dispatcher, self._books)}
+        body = {**self._facts, **self.facts, **snapshot(self._dispatcher, self._books, time.monotonic_ns())}
         self._outbox.send_reply(SendReply(Request(peer, asked.request_id), body=body))
 
     def _on_bye(self, peer: bytes, count: int, message: bytes) -> None:

@@ -279,8 +279,7 @@ class InlineHosts:
             return
         refusal = self._refusal(host, call_number, asked, contract)
         if refusal is not None:
-            code, text, limit = refusal
-            self._fail(host, asked.call_id, SendFailure(host.peer, 0, code, text, slot="unused", limit=limit))
+            self._fail(host, asked.call_id, _refused(host, refusal))
             return
         assert contract is not None
         call = host.calls[asked.call_id] = InlineCall(call_number, host, asked, piece, contract, now_ns)
@@ -310,7 +309,7 @@ class InlineHosts:
         if len(host.calls) >= CALLS_IN_FLIGHT_MAX:
             limit = f"calls in flight per host: {CALLS_IN_FLIGHT_MAX}"
             return Refusal(AbiErrorCode.BUSY, f"the bound on {limit} is reached; retry when one has ended", limit)
-        return answers.malformed(session, header) or answers.over_bound(session, contract)
+        return answers.malformed(session, header) or self._dispatcher.over_bound(session, contract, self._clock())
 
     def _wait(self, arena: InlineArena, call: InlineCall) -> None:
         """Let a call wait for a slot, within the bounds on what may wait."""
@@ -580,8 +579,7 @@ class InlineHosts:
             self._put_in_backlog(arena)
 
     def _refuse_memory(self, call: InlineCall, refusal: Refusal) -> None:
-        code, text, limit = refusal
-        self._end_early(call, SendFailure(call.host.peer, 0, code, text, slot="unused", limit=limit))
+        self._end_early(call, _refused(call.host, refusal))
 
     # -- time -----------------------------------------------------------------------------------------------------
     @property
@@ -633,6 +631,11 @@ class InlineHosts:
             self._memory.give_back_idle(arena, now_ns - IDLE_PAIR_NS)
             if arena.is_empty:
                 host.arenas.pop(arena.contract_id, None)
+
+
+def _refused(host: InlineHost, refusal: Refusal) -> SendFailure:
+    code, text, limit, retry_after = refusal
+    return SendFailure(host.peer, 0, code, text, slot="unused", limit=limit, retry_after=retry_after)
 
 
 def _header(number: int, asked: headers.CallInline, handle: tuple[int, int, int]) -> headers.Call:

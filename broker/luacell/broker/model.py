@@ -24,12 +24,14 @@ from typing import Any, Final, NamedTuple, Protocol
 from zlib import crc32
 
 from luacell.broker.books import Pair, SlotBook
+from luacell.broker.outputs import RecordRate
+from luacell.broker.quarantine import Quarantine
 from luacell.broker.queues import FairQueue
 from luacell.broker.registry import ContractRecord
 from luacell.protocol import headers
 from luacell.protocol.confinement import UNGRANTED, Confinement
 from luacell.protocol.errors import AbiErrorCode, Began
-from luacell.protocol.limits import NS_PER_US, QUEUE_MAX
+from luacell.protocol.limits import CALLS_IN_FLIGHT_MAX, NS_PER_US, QUEUE_MAX
 from luacell.protocol.messages import API_MODULE
 from luacell.protocol.slots import Answer
 
@@ -145,6 +147,16 @@ class Call:
         """The call as messages name it."""
         return self.contract.record.title_of(self.header.fn_id)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether its slot is free."""
+        return self.state is ENDED
+
+    @property
+    def was_handed_over(self) -> bool:
+        """Whether it ended in the hands of a worker, or is there."""
+        return self.worker is not None
+
 
 @dataclass(slots=True, eq=False)
 class Inquiry:
@@ -184,8 +196,13 @@ class Contract:
         workers_max: how many workers it may have.
         extra: how many more it may have for a while, each for one call of a chain that would else wait for itself.
         window: calls that one worker may hold ahead, by how fast they are.
+        pace_ns: how long a worker takes for a call while it is busy; 0 while that is not known.
+        in_flight_max: calls that one host may have in flight.
+        quarantine: of hosts whose calls crash it.
+        record_rate: of what it prints.
         deadline_us: default budget of a call.
-        quick_budget_us: largest budget with which a call needs no thought; 0 for a private contract.
+        quick_budget_us: largest budget with which a call needs no thought; 0 where every one does: for a private
+            contract, and in quarantine.
         run_limit_ns: how long a call may run before its worker is killed for good.
         api_sum: CRC-32 of its description, by which contracts that call it know whether theirs is of this version.
         called: whether any call was handed to a worker.
@@ -212,6 +229,10 @@ class Contract:
     workers_max: int = 1
     extra: int = 0
     window: int = 0
+    pace_ns: int = 0
+    in_flight_max: int = 0
+    quarantine: Quarantine = field(default_factory=Quarantine)
+    record_rate: RecordRate = field(init=False)
     owner: bytes | None = None
     deadline_us: int = 0
     quick_budget_us: int = 0
@@ -229,9 +250,10 @@ class Contract:
     def __post_init__(self) -> None:
         self.owner = self.record.owner
         self.deadline_us = self.record.settings.deadline_us
-        self.quick_budget_us = min(self.record.settings.deadline_us, self.record.settings.run_limit_us)
-        if self.owner is not None:
-            self.quick_budget_us = 0
+        self.note_quarantine()
+        self.record_rate = RecordRate(self.record.settings.max_log_lines)
+        self.queue.bound = self.record.settings.max_queue
+        self.in_flight_max = min(self.record.settings.max_in_flight, CALLS_IN_FLIGHT_MAX)
         self.workers_max = self.record.settings.workers
         if self.record.seats:
             self._take_seat(self.record.seats)
@@ -243,15 +265,21 @@ class Contract:
     def _take_seat(self, count: int) -> None:
         """Be one of `count` seats, and the first one for all of them; together they queue as much as a contract may."""
         self.workers_max = 1
-        self.quick_budget_us = 0
-        self.queue = FairQueue(max(1, QUEUE_MAX // count))
+        self.queue.bound = max(1, self.record.settings.max_queue // count)
         if not self.is_seat:
-            self.seats = (self, *(Contract(self.record, is_seat=True) for _ in range(count - 1)))
+            others = (Contract(self.record, is_seat=True, quarantine=self.quarantine) for _ in range(count - 1))
+            self.seats = (self, *others)
 
     @property
     def places(self) -> tuple[Contract, ...]:
         """All that calls of this contract may wait for: its seats, or itself."""
         return self.seats or (self,)
+
+    def note_quarantine(self) -> None:
+        """Have every call looked at while the contract is in quarantine, as those of a private one always are."""
+        settings = self.record.settings
+        needs_thought = self.owner is not None or self.record.seats or self.quarantine.is_in_force
+        self.quick_budget_us = 0 if needs_thought else min(settings.deadline_us, settings.run_limit_us)
 
     @property
     def wants_worker(self) -> bool:
@@ -388,6 +416,7 @@ class SendFailure(NamedTuple):
     cpu: float | None = None
     state: str = ""
     wchan: str = ""
+    retry_after: float | None = None
 
 
 class SendReleased(NamedTuple):

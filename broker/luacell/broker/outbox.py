@@ -163,6 +163,7 @@ class Outbox:
             cpu=effect.cpu,
             state=effect.state,
             wchan=effect.wchan,
+            retry_after=effect.retry_after,
         )
         self.tell(effect.session_id, failure)
 

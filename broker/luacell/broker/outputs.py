@@ -31,6 +31,29 @@ class Kept(NamedTuple):
         return bool(self.size or self.cut)
 
 
+class RecordRate:
+    """How many records of one contract there may be: so many in a second, and as many at once.
+
+    Args:
+        rate: records a second.
+    """
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self._level_ns = NS_PER_S
+        self._at_ns = 0
+
+    def take(self, now_ns: int) -> bool:
+        """Tell whether there may be one more, and count it."""
+        self._level_ns = min(NS_PER_S, self._level_ns + now_ns - self._at_ns)
+        self._at_ns = now_ns
+        cost_ns = NS_PER_S // self._rate
+        if self._level_ns < cost_ns:
+            return False
+        self._level_ns -= cost_ns
+        return True
+
+
 class OutputBudget:
     """The output of one worker."""
 
@@ -40,7 +63,7 @@ class OutputBudget:
         self._cut = 0
         self._told_ns = -CUT_EVERY_NS
 
-    def take(self, served: int, size: int, cut: int, now_ns: int) -> Kept:
+    def take(self, served: int, size: int, cut: int, now_ns: int, size_max: int = OUTPUT_PER_CALL_MAX) -> Kept:
         """Account for a piece of output.
 
         Args:
@@ -48,10 +71,11 @@ class OutputBudget:
             size: bytes of the piece.
             cut: bytes that the worker host threw away before it.
             now_ns: the time.
+            size_max: bytes of a call that become records.
         """
         if served != self._call:
             self._call = served
-            self._left = OUTPUT_PER_CALL_MAX
+            self._left = size_max
         kept = min(size, self._left)
         self._left -= kept
         self._cut += cut + size - kept

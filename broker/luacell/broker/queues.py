@@ -18,10 +18,13 @@ class FairQueue(Generic[Owner, Item]):
 
     Args:
         bound: items held over all owners.
+
+    Attributes:
+        bound: the same; it may be changed.
     """
 
     def __init__(self, bound: int) -> None:
-        self._bound = bound
+        self.bound = bound
         self._lanes: OrderedDict[Owner, OrderedDict[Item, None]] = OrderedDict()
         self.count = 0
 
@@ -35,7 +38,7 @@ class FairQueue(Generic[Owner, Item]):
     @property
     def is_full(self) -> bool:
         """Whether another item would exceed the bound."""
-        return self.count >= self._bound
+        return self.count >= self.bound
 
     def push(self, owner: Owner, item: Item) -> None:
         """Append an item; the caller has checked `is_full`."""
@@ -79,7 +82,7 @@ class FairQueue(Generic[Owner, Item]):
         more than its bound gives nothing up: one item less would not make room.
         """
         longest: OrderedDict[Item, None] = max(self._lanes.values(), key=len, default=OrderedDict())
-        if self.count > self._bound or len(longest) < len(self._lanes.get(owner, ())) + 2:
+        if self.count > self.bound or len(longest) < len(self._lanes.get(owner, ())) + 2:
             return None
         return next(reversed(longest))
 

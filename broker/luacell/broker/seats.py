@@ -34,6 +34,7 @@ def move_calls(old: Contract, new: Contract) -> None:
         for call in old.queue:
             call.contract = new
         new.queue, old.queue = old.queue, new.queue
+        new.queue.bound, old.queue.bound = old.queue.bound, new.queue.bound
         return
     calls = [call for place in old.places for call in place.queue.drain()]
     for call in reversed(calls):

@@ -11,11 +11,13 @@ from typing import Any, Final
 from luacell.broker.books import Books
 from luacell.broker.dispatcher import Dispatcher
 from luacell.broker.model import Contract, WorkerState
+from luacell.broker.quarantine import Rest
+from luacell.protocol.limits import NS_PER_S
 
 POOLS_MAX: Final = 200  # contracts shown; those with most to do come first
 
 
-def snapshot(dispatcher: Dispatcher, books: Books) -> dict[str, Any]:
+def snapshot(dispatcher: Dispatcher, books: Books, now_ns: int) -> dict[str, Any]:
     """Return counts and states: workers, pools, calls, slots, memory, deaths by cause."""
     force, serving = dispatcher.workforce, dispatcher.catalogue.serving
     kept = sum(call.answered for session in dispatcher.sessions.values() for call in session.calls.values())
@@ -44,6 +46,7 @@ def snapshot(dispatcher: Dispatcher, books: Books) -> dict[str, Any]:
         "memory_bytes": books.total_bytes,
         "answered": dispatcher.answered_count,
         "deaths": dict(force.deaths),
+        "quarantined": _quarantined(list(serving.values()), now_ns),
         "posture": {
             "level": force.floor,
             "layers": [layer.name for layer in force.posture.get(force.floor, ()) if layer.in_force],
@@ -61,6 +64,31 @@ def _pools(contracts: list[Contract]) -> list[dict[str, Any]]:
     pools = [_pool(contract) for contract in contracts if any(p.workers or p.queue.count for p in contract.places)]
     pools.sort(key=lambda pool: (-pool["queued"], -pool["workers"], pool["contract"]))
     return pools[:POOLS_MAX]
+
+
+def _quarantined(contracts: list[Contract], now_ns: int) -> list[dict[str, Any]]:
+    """Return which contracts rest, for whom, and for how long yet; the longest first."""
+    rows = []
+    for contract in contracts:
+        quarantine, title = contract.quarantine, contract.record.title
+        if quarantine.whole is not None:
+            rows.append(_rest(title, None, quarantine.whole, now_ns))
+        rows += [_rest(title, host.hex(), rest, now_ns) for host, rest in quarantine.hosts.items()]
+        if contract.retry_ns > now_ns:
+            wait_s = (contract.retry_ns - now_ns) / NS_PER_S
+            rows.append({"contract": title, "host": None, "why": "does not load", "retry_after_s": round(wait_s, 3)})
+    rows.sort(key=lambda row: row["retry_after_s"], reverse=True)
+    return rows[:POOLS_MAX]
+
+
+def _rest(title: str, host: str | None, rest: Rest, now_ns: int) -> dict[str, Any]:
+    why = "trying" if rest.is_trying else "crashes"
+    return {
+        "contract": title,
+        "host": host,
+        "why": why,
+        "retry_after_s": round(max(0, rest.until_ns - now_ns) / NS_PER_S, 3),
+    }
 
 
 def _pool(contract: Contract) -> dict[str, Any]:

@@ -49,6 +49,6 @@ def measure(worker: Worker, contract: Contract, now_ns: int) -> None:
     if worker.paced_ns and count < PACE_CALLS_MIN:
         return
     if worker.paced_ns:
-        pace_ns = max(1, (now_ns - worker.paced_ns) // count)
+        pace_ns = contract.pace_ns = max(1, (now_ns - worker.paced_ns) // count)
         contract.window = max(1, min(WINDOW_MAX, WINDOW_NS // pace_ns))
     worker.paced_ns, worker.paced_served = now_ns, worker.served

@@ -29,7 +29,7 @@ from luacell.protocol import headers, messages
 from luacell.protocol.confinement import read as read_layers
 from luacell.protocol.errors import ProtocolError
 from luacell.protocol.headers import Op
-from luacell.protocol.limits import NS_PER_MS
+from luacell.protocol.limits import NS_PER_MS, OUTPUT_PER_CALL_MAX
 from luacell.protocol.memory.channel import ChannelClosed, peer_pid, send_message
 from luacell.protocol.messages import decode, encode
 
@@ -205,7 +205,13 @@ class Workers:
             link.last_words = output.data.decode("utf-8", "replace")
             return
         link.stream = output.stream
-        kept = link.output.take(link.worker.served, len(output.data), output.cut, time.monotonic_ns())
+        contract, now_ns = link.worker.contract, time.monotonic_ns()
+        size, cut, size_max = len(output.data), output.cut, OUTPUT_PER_CALL_MAX
+        if contract is not None:
+            size_max = contract.record.settings.max_output
+            if size and not contract.record_rate.take(now_ns):
+                size, cut = 0, cut + size
+        kept = link.output.take(link.worker.served, size, cut, now_ns, size_max)
         if kept.is_worth_a_record:
             self._tell_output(link, output.data[: kept.size].decode("utf-8", "replace"), kept.cut)
         elif link.output.has_untold:

@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import Final
 
-from luacell.broker.causes import Cause
+from luacell.broker.causes import HOST_GONE, HOST_LEAVES, Cause
 from luacell.broker.model import (
     BLANK,
     BUSY,
@@ -35,7 +35,6 @@ from luacell.protocol.limits import LOAD_LIMIT_NS, NS_PER_MS, NS_PER_S, START_LI
 BACKOFF_FIRST_NS: Final = 10 * NS_PER_MS
 BACKOFF_MAX_NS: Final = 5 * NS_PER_S
 UNWANTED: Final = "nobody is served by such a worker"
-HOST_LEAVES: Final = "its worker host is to end"
 STARTS_AT_ONCE_MAX: Final = 8  # forks of ~7 ms each that may be under way together
 
 
@@ -223,7 +222,7 @@ class Workforce:
         orphans = [worker for worker in self.by_id.values() if worker.state is not DOOMED]
         for worker in orphans:
             self._discharge(worker, now_ns)
-            worker.verdict = "its worker host is gone"
+            worker.verdict = HOST_GONE
         return orphans
 
     def withdraw(self, contract: Contract) -> None:

@@ -87,6 +87,18 @@ def unregister(contract: ContractName, endpoint: Endpoint = None, output: Output
             typer.echo(f"{ref} unregistered")
 
 
+def revive(contract: ContractName, endpoint: Endpoint = None, output: OutputFormat = Output.TEXT) -> None:
+    """End a contract's quarantine: its calls are let through again."""
+    with reported(contract):
+        ref = ContractRef.of(contract_of(contract))
+        with connected(endpoint) as bridge:
+            was_resting = bridge.revive(ref.id)
+        if output is Output.JSON:
+            print_json({"revived": str(ref), "was_resting": was_resting})
+        else:
+            typer.echo(f"{ref} revived" if was_resting else f"{ref} was not in quarantine")
+
+
 def _function_names(context: typer.Context, incomplete: str) -> list[str]:
     from luacell.cli.typed import function_names
 

@@ -34,6 +34,7 @@ from luacell.client.requests import (
     health,
     random_id,
     registration,
+    revival,
     unregistration,
 )
 from luacell.client.scratch import ATTEMPTS, AsyncScratchVm, implementation
@@ -199,6 +200,19 @@ class AsyncLuaHostBridge(Bridge):
         ref = ContractRef.of(contract)
         await self._request(unregistration(ref.id), ref.id)
         self._opened_link().calls.forget(ref.id)
+
+    async def revive(self, contract: Contract) -> bool:
+        """End a contract's quarantine, and the wait for its next load after a failed one.
+
+        Returns:
+            Whether it rested.
+
+        Raises:
+            ContractNotFound: there is none.
+        """
+        ref = ContractRef.of(contract)
+        reply = await self._request(revival(ref.id), ref.id)
+        return bool(reply.body["was_resting"])
 
     async def contracts(self) -> list[ContractInfo]:
         """Return the registered contracts in order of id."""

@@ -35,6 +35,7 @@ from luacell.client.requests import (
     health,
     random_id,
     registration,
+    revival,
     unregistration,
 )
 from luacell.client.scratch import ATTEMPTS, ScratchVm, implementation
@@ -169,6 +170,19 @@ class LuaHostBridge(Bridge):
         ref = ContractRef.of(contract)
         self._request(unregistration(ref.id), ref.id)
         self._link.calls.forget(ref.id)
+
+    def revive(self, contract: Contract) -> bool:
+        """End a contract's quarantine, and the wait for its next load after a failed one.
+
+        Returns:
+            Whether it rested.
+
+        Raises:
+            ContractNotFound: there is none.
+        """
+        ref = ContractRef.of(contract)
+        reply = self._request(revival(ref.id), ref.id)
+        return bool(reply.body["was_resting"])
 
     def contracts(self) -> list[ContractInfo]:
         """Return the registered contracts in order of id."""

@@ -21,14 +21,20 @@ from luacell.protocol.confinement import DEFAULT, GRANTS_TEXT_MAX, SANDBOX_LEVEL
 from luacell.protocol.errors import LuacellError
 from luacell.protocol.identity import ContractRef
 from luacell.protocol.limits import (
+    CALLS_IN_FLIGHT_MAX,
     DEADLINE_DEFAULT_US,
     DEADLINE_MAX_US,
     HELD_CONTRACTS_MAX,
     KIB,
+    LOG_LINES_DEFAULT,
+    LOG_LINES_MAX,
     MEMORY_DEFAULT,
     MEMORY_MAX,
     MEMORY_MIN,
     MIB,
+    OUTPUT_PER_CALL_MAX,
+    QUEUE_LIMIT,
+    QUEUE_MAX,
     SOURCE_MAX,
     WORKERS_PER_CONTRACT_MAX,
 )
@@ -48,6 +54,10 @@ _CONTRACT_KEYS: Final = (
     "deadline",
     "run_limit",
     "memory",
+    "max_queue",
+    "max_in_flight",
+    "max_output",
+    "max_log_lines",
     "sandbox",
     "read",
     "write",
@@ -263,7 +273,16 @@ class _Table:
         value = int(match[1]) * _SIZE_BYTES[match[2]] if match else 0
         if not low <= value <= high:
             return self._wrong(key, f'a size such as "64MiB", from {low // MIB} MiB to {high // MIB} MiB', default)
+            example = _in_words(default).replace(" ", "")
+            wanted = f'a size such as "{example}", from {_in_words(low)} to {_in_words(high)}'
+            return self._wrong(key, wanted, default)
         return value
+
+
+def _in_words(size: int) -> str:
+    """Write a number of bytes as `luacell.toml` has it, in the largest unit that has no fraction."""
+    unit = "MiB" if size % MIB == 0 and size else "KiB" if size % KIB == 0 and size else "B"
+    return f"{size // _SIZE_BYTES[unit]} {unit}"
 
 
 def _read_name(directory: Path, manifest: _Manifest, tables: dict[str, Any]) -> str:
@@ -352,10 +371,11 @@ def _read_unit(directory: Path, manifest: _Manifest, name: str, values: object, 
     workers, stateless = table.integer("workers", 1, 1, WORKERS_PER_CONTRACT_MAX), table.boolean("stateless")
     if workers > 1:
         _check_workers(table, ref, stateless, api)
+    memory = table.size("memory", MEMORY_DEFAULT, MEMORY_MIN, MEMORY_MAX)
     settings = Settings(
         deadline_us=deadline_us,
         run_limit_us=table.duration_us("run_limit", deadline_us),
-        memory=table.size("memory", MEMORY_DEFAULT, MEMORY_MIN, MEMORY_MAX),
+        memory=memory,
         workers=workers,
         stateless=stateless,
         idempotent=table.boolean("idempotent"),
@@ -363,6 +383,10 @@ def _read_unit(directory: Path, manifest: _Manifest, name: str, values: object, 
         read=read,
         write=write,
         network=network,
+        max_queue=table.integer("max_queue", QUEUE_MAX, 1, QUEUE_LIMIT),
+        max_in_flight=table.integer("max_in_flight", CALLS_IN_FLIGHT_MAX, 1, CALLS_IN_FLIGHT_MAX),
+        max_output=table.size("max_output", OUTPUT_PER_CALL_MAX, 0, OUTPUT_PER_CALL_MAX),
+        max_log_lines=table.integer("max_log_lines", LOG_LINES_DEFAULT, 1, LOG_LINES_MAX),
     )
     return Unit(ref, _read_source(directory, table), settings)
 

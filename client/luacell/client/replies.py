@@ -94,6 +94,7 @@ def raise_for(failure: messages.Failure, contract_id: int, fn_id: int) -> NoRetu
         cpu=failure.cpu,
         state=failure.state or None,
         wchan=failure.wchan or None,
+        retry_after=failure.retry_after,
     )
     if isinstance(error, errors.ContractNotFound):
         error.contract_id = contract_id

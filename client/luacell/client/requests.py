@@ -73,6 +73,11 @@ def unregistration(contract_id: int, *others: int) -> Request:
     return lambda number: messages.Unregister(request_id=number, contract=id_bytes(contract_id), others=more)
 
 
+def revival(contract_id: int) -> Request:
+    """Return the request that ends a contract's quarantine."""
+    return lambda number: messages.Revive(request_id=number, contract=id_bytes(contract_id))
+
+
 def description(contract_id: int) -> Request:
     """Return the request for a contract's name, version and api.toml."""
     return lambda number: messages.Describe(request_id=number, contract=id_bytes(contract_id))

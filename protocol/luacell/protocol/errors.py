@@ -266,6 +266,7 @@ class CallError(LuacellError):
         cpu: seconds of CPU time that it took, up to 10 ms of calls right before it included, or None.
         state: of the worker's process while it ran the call, such as "R (running)" or "S (sleeping)", or None.
         wchan: the kernel's function in which that process waited, or None.
+        retry_after: seconds after which another call may fare better, an estimate; or None.
     """
 
     CODE: ClassVar[AbiErrorCode] = AbiErrorCode.GENERIC
@@ -284,6 +285,7 @@ class CallError(LuacellError):
         cpu: float | None = None,
         state: str | None = None,
         wchan: str | None = None,
+        retry_after: float | None = None,
     ) -> None:
         Exception.__init__(self, message)
         self.code = self.CODE if code is None else code
@@ -297,6 +299,7 @@ class CallError(LuacellError):
         self.cpu = cpu
         self.state = state
         self.wchan = wchan
+        self.retry_after = retry_after
 
 
 class Generic(CallError):
@@ -404,13 +407,13 @@ class OutOfMemory(CallError):
 
 
 class Busy(CallError):
-    """A bound was hit (see `.limit`); the call was refused at once."""
+    """A bound was hit (see `.limit`); the call was refused at once, and may fare better in `.retry_after` seconds."""
 
     CODE = AbiErrorCode.BUSY
 
 
 class Quarantined(CallError):
-    """The contract crashed too often and rests."""
+    """The contract has crashed too often and rests for `.retry_after` seconds."""
 
     CODE = AbiErrorCode.QUARANTINED
 

@@ -41,6 +41,7 @@ class Op(IntEnum):
     CALL_INLINE = 12
     DESCRIBE = 13
     COMMIT = 14
+    REVIVE = 15
     # broker to host
     WELCOME = 32
     RESULT = 33

@@ -39,7 +39,8 @@ INLINE_PROBE_NS: Final = NS_PER_S  # between looks at whether such a host is the
 
 # -- hosts and contracts -------------------------------------------------------------------------------------
 CALLS_IN_FLIGHT_MAX: Final = 1024  # per host; its slots of 12 KiB are 12 MiB
-QUEUE_MAX: Final = 1024  # calls that wait for one contract, over all hosts
+QUEUE_MAX: Final = 1024  # calls that wait for one contract, over all hosts, where it does not say otherwise
+QUEUE_LIMIT: Final = 16_384  # the most that it may say; 1 KiB each are 16 MiB
 SESSIONS_MAX: Final = 4096  # hosts; each costs two descriptors
 CONTRACTS_MAX: Final = 10_000
 HELD_CONTRACTS_MAX: Final = 256  # committed at once: as many as one api.toml declares
@@ -60,6 +61,8 @@ MEMORY_MAX: Final = 2048 * MIB
 
 # -- what contracts print ------------------------------------------------------------------------------------
 OUTPUT_PER_CALL_MAX: Final = 64 * KIB  # bytes that become records; the rest is counted
+LOG_LINES_DEFAULT: Final = 200  # records a second of one contract
+LOG_LINES_MAX: Final = 10_000
 OUTPUT_PIECE_MAX: Final = 3 * KIB  # bytes in one message and one record, so that its line fits a pipe's 4 KiB
 STDERR_TAIL_MAX: Final = 2 * KIB  # bytes in the record of a death
 

@@ -34,16 +34,22 @@ from luacell.protocol.fields import (
 from luacell.protocol.headers import VERSION, Op
 from luacell.protocol.identity import NAME_LENGTH_MAX
 from luacell.protocol.limits import (
+    CALLS_IN_FLIGHT_MAX,
     CONTRACTS_MAX,
     DEADLINE_DEFAULT_US,
     DEADLINE_MAX_US,
     ERROR_TEXT_MAX,
     HELD_CONTRACTS_MAX,
+    LOG_LINES_DEFAULT,
+    LOG_LINES_MAX,
     MEMORY_DEFAULT,
     MEMORY_MAX,
     MEMORY_MIN,
+    OUTPUT_PER_CALL_MAX,
     OUTPUT_PIECE_MAX,
     PAYLOAD_MAX,
+    QUEUE_LIMIT,
+    QUEUE_MAX,
     SLOTS_PER_SEGMENT_MAX,
     SOURCE_MAX,
     STATE_MAX,
@@ -116,7 +122,17 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What `luacell.toml` says of one contract; part of Register and Load."""
+    """What `luacell.toml` says of one contract; part of Register and Load.
+
+    Attributes:
+        deadline_us: default for callers.
+        run_limit_us: when a running call is killed for good.
+        memory: bytes that its Lua heap may use.
+        max_queue: calls that may wait for a worker.
+        max_in_flight: calls that one host may have in flight.
+        max_output: bytes that a call prints which become records.
+        max_log_lines: records a second.
+    """
 
     deadline_us: int = DEADLINE_DEFAULT_US
     run_limit_us: int = DEADLINE_DEFAULT_US
@@ -128,6 +144,10 @@ class Settings:
     read: str = ""
     write: str = ""
     network: bool = False
+    max_queue: int = QUEUE_MAX
+    max_in_flight: int = CALLS_IN_FLIGHT_MAX
+    max_output: int = OUTPUT_PER_CALL_MAX
+    max_log_lines: int = LOG_LINES_DEFAULT
 
     @property
     def confinement(self) -> Confinement:
@@ -182,6 +202,10 @@ class Register:
     read: str = text(GRANTS_TEXT_MAX, "")
     write: str = text(GRANTS_TEXT_MAX, "")
     network: bool = boolean(False)
+    max_queue: int = integer(1, QUEUE_LIMIT, QUEUE_MAX)
+    max_in_flight: int = integer(1, CALLS_IN_FLIGHT_MAX, CALLS_IN_FLIGHT_MAX)
+    max_output: int = integer(0, OUTPUT_PER_CALL_MAX, OUTPUT_PER_CALL_MAX)
+    max_log_lines: int = integer(1, LOG_LINES_MAX, LOG_LINES_DEFAULT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +235,15 @@ class Unregister:
     request_id: int = integer(1, U64_MAX)
     contract: bytes = contract_id()
     others: bytes = blob(0, 8 * HELD_CONTRACTS_MAX, b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Revive:
+    """A host ends the quarantine of a contract, and the wait for its next load; the answer's body has `was_resting`."""
+
+    OP: ClassVar[Op] = Op.REVIVE
+    request_id: int = integer(1, U64_MAX)
+    contract: bytes = contract_id()
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +376,7 @@ class Failure:
         kind: "" or the name of an exception class more exact than the code's.
         slot: "free": it may be used again; "kept": RELEASED will tell; "unused": the call was never accepted.
         began: "no", "yes" or "unknown".
+        retry_after: seconds after which another call may fare better, with 259 and 260; an estimate, or None.
     """
 
     OP: ClassVar[Op] = Op.FAILURE
@@ -360,6 +394,7 @@ class Failure:
     cpu: float | None = optional_number(None)
     state: str = text(PROCESS_STATE_MAX, "")
     wchan: str = text(WAIT_CHANNEL_MAX, "")
+    retry_after: float | None = optional_number(None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,131 @@
+"""Contracts that crash rest, for the host that crashes them or for all; everything else goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+from luacell.client import AbiErrorCode, LuaFunction, LuaHostBridge
+from luacell.protocol.errors import Quarantined
+from tests.support.contracts import CRASHED, DOUBLE, HEALTHY, PROBE, answers, deploy, failure, function
+from tests.support.serving import Serving
+from tests.support.waiting import eventually
+
+CRASHES = 5
+CRASHER = function("""
+  if args[0] == 1 then ffi.cast("int *", 0)[0] = 1 end
+  out[0] = 7
+""")
+BAD, GOOD = b"\x01", b"\x00"
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    with Serving(tmp_path_factory.mktemp("run")) as serving:
+        yield serving
+
+
+@pytest.fixture
+def bridge(service: Serving) -> Iterator[LuaHostBridge]:
+    with LuaHostBridge.connect(service.run_directory) as bridge:
+        deploy(bridge, CRASHER)
+        deploy(bridge, DOUBLE, HEALTHY)
+        yield bridge
+        for contract in bridge.contracts():
+            bridge.unregister_host_contract(contract.id)
+
+
+def crash(bridge: LuaHostBridge, times: int = CRASHES) -> None:
+    for _ in range(times):
+        assert failure(bridge, PROBE, args=BAD, out_size=1).code is CRASHED
+
+
+def test_the_fifth_crash_quarantines_the_contract_for_its_host_alone(service: Serving, bridge: LuaHostBridge) -> None:
+    crash(bridge)
+    resting = failure(bridge, PROBE, args=GOOD, out_size=1)
+    assert isinstance(resting, Quarantined)
+    assert resting.code is AbiErrorCode.QUARANTINED
+    assert resting.began == "no"
+    assert resting.retry_after is not None
+    assert 0 < resting.retry_after <= 1
+    assert f"retry in {resting.retry_after:.3g} s" in resting.message
+    assert answers(bridge, HEALTHY)
+    (row,) = bridge.health()["quarantined"]
+    assert (row["contract"], row["why"]) == (PROBE, "crashes")
+    with LuaHostBridge.connect(service.run_directory) as other:
+        assert other.call(PROBE, 0, GOOD, 1) == b"\x07"
+
+
+def test_a_call_that_goes_well_ends_the_quarantine(bridge: LuaHostBridge) -> None:
+    crash(bridge)
+    served = eventually(lambda: _call(bridge), "the back-off is over")
+    assert served == b"\x07"
+    assert bridge.call(PROBE, 0, GOOD, 1) == b"\x07"
+    assert bridge.health()["quarantined"] == []
+
+
+def test_a_trial_that_crashes_doubles_the_back_off(bridge: LuaHostBridge) -> None:
+    crash(bridge)
+    trial = eventually(lambda: _crash_when_allowed(bridge), "the back-off is over")
+    assert trial is CRASHED
+    resting = failure(bridge, PROBE, args=GOOD, out_size=1)
+    assert resting.retry_after is not None
+    assert 1 < resting.retry_after <= 2
+
+
+def test_two_hosts_that_crash_it_stop_the_contract_for_all(service: Serving, bridge: LuaHostBridge) -> None:
+    crash(bridge)
+    with (
+        LuaHostBridge.connect(service.run_directory) as second,
+        LuaHostBridge.connect(service.run_directory) as third,
+    ):
+        crash(second)
+        assert failure(third, PROBE, args=GOOD, out_size=1).code is AbiErrorCode.QUARANTINED
+        assert answers(third, HEALTHY)
+        assert third.revive(PROBE)
+        assert not third.revive(PROBE)
+        for each in (bridge, second, third):
+            assert each.call(PROBE, 0, GOOD, 1) == b"\x07"
+
+
+def test_kills_from_outside_never_count(bridge: LuaHostBridge) -> None:
+    for _ in range(2 * CRASHES):
+        assert bridge.call(PROBE, 0, GOOD, 1) == b"\x07"
+        (pid,) = [each["pid"] for each in bridge.health()["workers"] if each["contract"] == PROBE]
+        os.kill(pid, signal.SIGKILL)
+        eventually(partial(_is_gone, bridge, pid), "it is dead")
+    assert bridge.call(PROBE, 0, GOOD, 1) == b"\x07"
+
+
+def test_another_source_ends_the_quarantine(bridge: LuaHostBridge) -> None:
+    crash(bridge)
+    bridge.register_host_contract(PROBE, LuaFunction(CRASHER), replace=True)
+    assert bridge.call(PROBE, 0, GOOD, 1) == b"\x07"
+
+
+def test_the_shell_revives(service: Serving, bridge: LuaHostBridge) -> None:
+    crash(bridge)
+    command = [sys.executable, "-m", "luacell.cli", "revive", PROBE, "--endpoint", str(service.run_directory)]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    assert told.stdout == f"{PROBE} revived\n"
+    assert bridge.call(PROBE, 0, GOOD, 1) == b"\x07"
+
+
+def _is_gone(bridge: LuaHostBridge, pid: int) -> bool:
+    return all(each["pid"] != pid for each in bridge.health()["workers"])
+
+
+def _call(bridge: LuaHostBridge) -> bytes | None:
+    try:
+        return bridge.call(PROBE, 0, GOOD, 1)
+    except Quarantined:
+        return None
+
+
+def _crash_when_allowed(bridge: LuaHostBridge) -> AbiErrorCode | None:
+    code = failure(bridge, PROBE, args=BAD, out_size=1).code
+    return None if code is AbiErrorCode.QUARANTINED else code
