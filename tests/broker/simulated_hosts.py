@@ -301,7 +301,7 @@ def random_record(world: Simulation, contract_id: int, session: bytes, source: b
         stateless=stateless,
         workers=rng.randrange(1, 4) if stateless or modules else 1,
         max_queue=auditor.QUEUE_MAX,
-        max_in_flight=rng.choice((4, auditor.CALLS_IN_FLIGHT_MAX)),
+        max_in_flight=auditor.CALLS_IN_FLIGHT_MAX,
     )
     owner = session if not source and rng.random() < 0.15 else None
     return ContractRecord(
