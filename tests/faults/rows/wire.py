@@ -7,6 +7,8 @@ from typing import Final
 from tests.faults.rows.row import Row
 
 ROWS: Final = (
+    Row("Z18", "malformed and mutated frames, from every side", "BAD_REQUEST, or the peer is dropped", "the codec"),
+    Row("Z20", "bombs of msgpack", "BAD_REQUEST, or the peer is dropped", "every length has a bound"),
     Row("Z24", "a second broker on the same endpoint", "it refuses to start", "a lock in the run directory"),
     Row("Z25", "stale sockets; a run directory that is too long or too open", "none; named", "checked before binding"),
     Row(
