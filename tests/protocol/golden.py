@@ -121,6 +121,11 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
         "two at once": messages.Unregister(request_id=2, contract=_CONTRACT, others=_CONTRACT[::-1]),
     },
     Op.REVIVE: {"by id": messages.Revive(request_id=9, contract=_CONTRACT)},
+    Op.CRASHES: {"the first page": messages.Crashes(request_id=12, first=0)},
+    Op.CRASH: {
+        "a call": messages.Crash(request_id=13, crash="0123456789ab", part="args"),
+        "its sources": messages.Crash(request_id=14, crash="0123456789ab", part="sources"),
+    },
     Op.LIST: {"the second page": messages.List(request_id=3, first=500)},
     Op.DESCRIBE: {"a contract": messages.Describe(request_id=8, contract=_CONTRACT)},
     Op.HEALTH: {"a question": messages.Health(request_id=4)},

@@ -51,6 +51,8 @@ OPERATIONS = {
     "DESCRIBE": 13,
     "COMMIT": 14,
     "REVIVE": 15,
+    "CRASHES": 16,
+    "CRASH": 17,
     "WELCOME": 32,
     "RESULT": 33,
     "FAILURE": 34,

@@ -9,6 +9,7 @@ reply = bridge.call("host.echo@1", 0, b"hello", 5)
 
 from luacell.client.async_bridge import AsyncLuaHostBridge
 from luacell.client.bridge import LuaHostBridge
+from luacell.client.crashes import Crash, CrashInfo
 from luacell.client.deployment import DeploymentError
 from luacell.client.function import LuaFunction
 from luacell.client.replies import ContractInfo
@@ -28,6 +29,7 @@ from luacell.protocol.errors import (
     Cancelled,
     ContractLoadFailed,
     ContractNotFound,
+    CrashNotFound,
     DeadlineExceeded,
     DuplicateContract,
     DuplicateProvider,
@@ -73,6 +75,9 @@ __all__ = [
     "ContractInfo",
     "ContractLoadFailed",
     "ContractNotFound",
+    "Crash",
+    "CrashInfo",
+    "CrashNotFound",
     "DeadlineExceeded",
     "DeploymentError",
     "DuplicateContract",

@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 
 from luacell.client.arguments import Arguments, Contract, Names, checked_capacity, without_emptiness
 from luacell.client.async_link import AsyncLink
+from luacell.client.crashes import Crash, CrashInfo, listing_crashes, reading_crash
 from luacell.client.deployment import Deployment
 from luacell.client.description import Description, Shared, TypedContracts, choose
 from luacell.client.embedded import EmbeddedService
@@ -220,6 +221,23 @@ class AsyncLuaHostBridge(Bridge):
         while not listing.is_complete:
             listing.add(await self._request(listing.request))
         return listing.found
+
+    async def crashes(self) -> list[CrashInfo]:
+        """Return what calls have crashed their workers lately, ran out of time or of memory, newest first.
+
+        Raises:
+            Unauthorized: the bridge is connected over TCP; records hold the arguments of others' calls.
+        """
+        return await self._follow(listing_crashes())
+
+    async def crash(self, crash_id: str) -> Crash:
+        """Return one of them with its arguments, and with the sources that its worker had loaded.
+
+        Raises:
+            CrashNotFound: it is not on record, or no longer.
+            Unauthorized: as `crashes`.
+        """
+        return await self._follow(reading_crash(crash_id))
 
     async def deploy(self, directory: str | os.PathLike[str]) -> list[str]:
         """Register all contracts of a directory with a `luacell.toml`, or none, in place of what it was before.

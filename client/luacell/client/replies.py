@@ -146,5 +146,7 @@ def raise_for_reply(reply: messages.Reply, contract_id: int) -> None:
         raise errors.TypeMismatch.of_lua(contract_id, reply.reason)
     if reply.kind == "VmRegistrationFailed":
         raise errors.VmRegistrationFailed(contract_id, reply.reason)
+    if reply.kind == "CrashNotFound":
+        raise errors.CrashNotFound(reply.reason)
     code = AbiErrorCode(reply.code)
     raise call_error_class(code)(reply.reason, code=code, began="no")

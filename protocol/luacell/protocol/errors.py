@@ -8,6 +8,7 @@
     │   ├── VmRegistrationFailed         the implementation does not load
     │   ├── VmDispatchFailed             a registered contract no longer loads
     │   ├── BridgeNotInitialized         the runtime behind the bridge did not come up
+    │   ├── CrashNotFound                no such crash is on record
     │   ├── BridgeClosed                 the bridge was closed
     │   └── BridgeForked                 the bridge belongs to the parent of this process
     ├── CallError                        a call got no value; one child per code
@@ -241,6 +242,18 @@ class BridgeNotInitialized(BridgeError):
         super().__init__(f"{text}: {reason}" if reason else text)
         self.runtime = runtime
         self.reason = reason
+
+
+class CrashNotFound(BridgeError):
+    """No such crash is on record.
+
+    Attributes:
+        crash_id: as it was asked for.
+    """
+
+    def __init__(self, crash_id: str) -> None:
+        super().__init__(f"crash {crash_id!r} is not on record, or no longer; `luacell crash ls` lists those that are")
+        self.crash_id = crash_id
 
 
 class BridgeClosed(BridgeError):

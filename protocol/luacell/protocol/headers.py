@@ -42,6 +42,8 @@ class Op(IntEnum):
     DESCRIBE = 13
     COMMIT = 14
     REVIVE = 15
+    CRASHES = 16
+    CRASH = 17
     # broker to host
     WELCOME = 32
     RESULT = 33

@@ -66,6 +66,11 @@ LOG_LINES_MAX: Final = 10_000
 OUTPUT_PIECE_MAX: Final = 3 * KIB  # bytes in one message and one record, so that its line fits a pipe's 4 KiB
 STDERR_TAIL_MAX: Final = 2 * KIB  # bytes in the record of a death
 
+# -- crash records -------------------------------------------------------------------------------------------
+CRASHES_MAX: Final = 1000  # that are kept in all; 10 KiB each without arguments are 10 MiB
+CRASH_ARGS_MAX: Final = 4 * MIB  # bytes of a call's arguments that are kept; fit a message, as sources do
+LISTED_CRASHES_MAX: Final = 200  # per page; 10 KiB each are 2 MiB, and 42 values each 8,400
+
 # -- messages ------------------------------------------------------------------------------------------------
 CALLS_PER_MESSAGE_MAX: Final = 1024
 SOURCE_MAX: Final = 4 * MIB  # bytes of all Lua sources of one contract

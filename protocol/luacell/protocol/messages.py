@@ -36,6 +36,7 @@ from luacell.protocol.identity import NAME_LENGTH_MAX
 from luacell.protocol.limits import (
     CALLS_IN_FLIGHT_MAX,
     CONTRACTS_MAX,
+    CRASHES_MAX,
     DEADLINE_DEFAULT_US,
     DEADLINE_MAX_US,
     ERROR_TEXT_MAX,
@@ -76,6 +77,8 @@ UNIT_NAME_MAX: Final = 128  # characters
 PROCESS_STATE_MAX: Final = 32  # characters; Linux's longest is "D (disk sleep)"
 WAIT_CHANNEL_MAX: Final = 128  # characters; the kernel's own bound on the names of its functions is 512
 ID_MAX: Final = U64_MAX
+CRASH_ID_LENGTH: Final = 12  # hexadecimal digits
+CRASH_PARTS: Final = ("args", "sources")  # neither is larger than a message may be; together they are
 
 __all__ = ["Message", "decode", "encode", "size_of"]
 
@@ -270,6 +273,30 @@ class Health:
 
     OP: ClassVar[Op] = Op.HEALTH
     request_id: int = integer(1, U64_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Crashes:
+    """A local host asks for the crashes that are on record, a page at a time, newest first."""
+
+    OP: ClassVar[Op] = Op.CRASHES
+    request_id: int = integer(1, U64_MAX)
+    first: int = integer(0, CRASHES_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Crash:
+    """A local host asks for one crash.
+
+    Attributes:
+        crash: its id, as in the list.
+        part: "args": what is known of the call, with its arguments; "sources": what its worker had loaded.
+    """
+
+    OP: ClassVar[Op] = Op.CRASH
+    request_id: int = integer(1, U64_MAX)
+    crash: str = text(CRASH_ID_LENGTH)
+    part: str = choice(CRASH_PARTS)
 
 
 @dataclass(frozen=True, slots=True)
