@@ -125,7 +125,7 @@ def test_p15_second_signal_ends_it_at_once(run_directory: Path, second: int) -> 
         parts.broker.send_signal(second)
         error = running.exception(LIMIT_S)
         assert isinstance(error, Unavailable)
-        assert error.began == "unknown"
+        assert error.began in ("yes", "unknown"), "a worker had it, and may have come to it"
         assert parts.broker.wait(LIMIT_S) == 0
 
 
