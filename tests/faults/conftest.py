@@ -10,7 +10,7 @@ import pytest
 from luacell.client import LuaFunction, LuaHostBridge
 from tests.faults.levels import OFFERED
 from tests.support.contracts import DOUBLE, HEALTHY, PROBE, answers, deploy, function
-from tests.support.processes import workers_of
+from tests.support.processes import broker_pid, run_directory, workers_of
 
 DEADLINE = "10s"  # for healthy calls; the others bring a timeout
 PAUSE_S = 0.01  # 100 calls a second, less what they take
@@ -79,3 +79,9 @@ def contract(bridge: LuaHostBridge, level: str) -> Thrower:
         return deploy(bridge, source, PROBE, **({"deadline": DEADLINE, "sandbox": level} | settings))
 
     return thrower
+
+
+@pytest.fixture
+def directory(bridge: LuaHostBridge) -> str:
+    """Give the run directory of the service."""
+    return run_directory(broker_pid(bridge))

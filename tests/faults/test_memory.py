@@ -18,7 +18,7 @@ from luacell.protocol.limits import MIB, PAYLOAD_MAX
 from luacell.protocol.memory.segments import Mapping
 from tests.support.contracts import ECHO, HEALTHY, PROBE, Stopwatch, answers, deploy, failure
 from tests.support.peers import Peer
-from tests.support.processes import Processes, broker_pid, descriptors_of, mappings_of, run_directory
+from tests.support.processes import Processes, descriptors_of, mappings_of
 from tests.support.waiting import LIMIT_S, settles
 
 ROOT = Path(__file__).parents[2]
@@ -86,11 +86,6 @@ def test_m03_worker_cannot_resize_a_segment(bridge: LuaHostBridge, contract: Thr
     reply = bridge.call(PROBE, 1, b"x" * 64, 16)
     assert [int.from_bytes(reply[4 * n : 4 * n + 4], "little", signed=True) for n in (2, 3)] == [-1, -1]
     assert serves(bridge)
-
-
-@pytest.fixture
-def directory(bridge: LuaHostBridge) -> str:
-    return run_directory(broker_pid(bridge))
 
 
 @pytest.fixture

@@ -31,9 +31,18 @@ def bounds_for(descriptors: int) -> Bounds:
     Args:
         descriptors: RLIMIT_NOFILE.
     """
-    usable = max(0, descriptors * 4 // 5 - OWN)
+    usable = max(0, usable_descriptors(descriptors) - OWN)
     return Bounds(
         hosts=min(SESSIONS_MAX, max(1, usable // 5 // PER_HOST)),
         workers=min(WORKERS_MAX, max(2, usable * 2 // 5 // PER_WORKER)),
         pairs=min(PAIRS_MAX, max(2, usable * 2 // 5 // PER_PAIR)),
     )
+
+
+def usable_descriptors(descriptors: int) -> int:
+    """Return how many descriptors may be in use while new connections are accepted.
+
+    Args:
+        descriptors: RLIMIT_NOFILE.
+    """
+    return descriptors * 4 // 5

@@ -124,6 +124,10 @@ class Hosts:
         self._perform(self._dispatcher.host_left(peer, time.monotonic_ns()))
         self._close(host)
 
+    def of_process(self, pid: int) -> list[bytes]:
+        """Return the hosts that are in one process."""
+        return [peer for peer, link in self.links.items() if peer_ids(link.channel)[0] == pid]
+
     def channel_ended(self, channel: socket.socket) -> bool:
         """A descriptor channel is at its end; tell whether it was a host's."""
         host = self._by_channel.get(channel)

@@ -14,7 +14,14 @@ from typing import Final
 
 from luacell.broker.directories import DirectoryError, make_private, take_lock
 from luacell.protocol.memory.channel import SOCKET_PATH_MAX
-from luacell.protocol.paths import BROKER_SOCKET, DESCRIPTOR_SOCKET, LOCK_FILE, STATE_DIRECTORY, STATE_FILES
+from luacell.protocol.paths import (
+    BROKER_SOCKET,
+    BROKER_SOCKET_ASIDE,
+    DESCRIPTOR_SOCKET,
+    LOCK_FILE,
+    STATE_DIRECTORY,
+    STATE_FILES,
+)
 
 _BACKLOG: Final = 256
 
@@ -37,11 +44,12 @@ class RunDirectory:
     def __init__(self, path: Path, lock_wait_s: float = 0.0) -> None:
         self.path = path
         self.broker_socket = path / BROKER_SOCKET
+        self.broker_socket_aside = path / BROKER_SOCKET_ASIDE
         self.descriptor_socket = path / DESCRIPTOR_SOCKET
         self._check_length()
         make_private(path, "run directory", RunDirectoryError)
         self._lock = take_lock(path / LOCK_FILE, RunDirectoryError, lock_wait_s)
-        for stale in (self.broker_socket, self.descriptor_socket):
+        for stale in (self.broker_socket, self.broker_socket_aside, self.descriptor_socket):
             _unlink_socket(stale)
 
     def listen(self) -> socket.socket:
@@ -85,7 +93,7 @@ def remove_run_directory(path: Path) -> None:
 
 
 def _remove_sockets(path: Path) -> None:
-    for name in (BROKER_SOCKET, DESCRIPTOR_SOCKET):
+    for name in (BROKER_SOCKET, BROKER_SOCKET_ASIDE, DESCRIPTOR_SOCKET):
         (path / name).unlink(missing_ok=True)
 
 

@@ -24,6 +24,7 @@ from luacell.broker import model
 from luacell.broker.books import Books, Pair
 from luacell.broker.bounds import bounds_for
 from luacell.broker.dispatcher import Dispatcher
+from luacell.broker.gate import Gate
 from luacell.broker.hosts import Hosts
 from luacell.broker.inline import InlineHost, InlineHosts
 from luacell.broker.inline_memory import InlineMemory
@@ -35,6 +36,7 @@ from luacell.broker.registry_store import RegistryStore, StoreError
 from luacell.broker.rundir import RunDirectory
 from luacell.broker.signals import SignalPipe
 from luacell.broker.store import SegmentStore
+from luacell.broker.strays import FRAMES_MAX, cut, drop_rest
 from luacell.broker.watcher import Connected, Disconnected, Ended, Received, Signalled, Watcher, WorkDone
 from luacell.broker.workers import WorkerLink, Workers
 from luacell.protocol import headers, messages
@@ -116,7 +118,8 @@ class Server:
         self._listener = run_directory.listen()
         self._watcher = Watcher(self._context, "inproc://watcher", self._watcher_id, self._listener)
         self._store = SegmentStore()
-        self._bounds = bounds = bounds_for(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._bounds = bounds = bounds_for(descriptors)
         books, registry = Books(pairs_max=bounds.pairs), Registry()
         self._forgotten = books.forgotten
         self._dispatcher = dispatcher = Dispatcher(
@@ -163,6 +166,14 @@ class Server:
         self._drained_ns = 0  # when a broker that is ending no longer waits for calls; 0: it is not ending
         self._tick_ms = 0  # how long `recv` waits
         self._tick_ns = 0  # when to look at deadlines next
+        self._gate = Gate(
+            self._context,
+            self._router,
+            run_directory.broker_socket,
+            run_directory.broker_socket_aside,
+            descriptors,
+            self._watcher.order,
+        )
         self._bind()
         self._hosts.facts["tcp"] = self.tcp = self._bind_tcp(tcp) if tcp is not None else ""
         self._performers: dict[type[Any], Callable[[Any], None]] = {
@@ -232,6 +243,7 @@ class Server:
         """
         self._watcher.start()
         self._keeper.start()
+        self._gate.start()
         if signals is not None:
             self._watcher.watch_signals(signals)
         with contextlib.suppress(Leave):
@@ -264,6 +276,7 @@ class Server:
     def close(self) -> None:
         """Close every socket, descriptor and mapping."""
         self._keeper.stop()
+        self._gate.stop()
         self._watcher.stop()
         self._hosts.close()
         self._workers.close()
@@ -297,6 +310,8 @@ class Server:
     def _pass_time(self, now_ns: int) -> None:
         """Act on deadlines; at most once per TIME_STEP_NS while messages keep coming."""
         self._tick_ns = now_ns + TIME_STEP_NS
+        if self._router.getsockopt(zmq.RCVMORE):  # frames that pass for messages of somebody who is known
+            self._drain()
         next_ns = self._dispatcher.next_deadline()
         if next_ns is not None and next_ns <= now_ns:
             self._perform(self._dispatcher.time_passed(now_ns))
@@ -380,8 +395,10 @@ class Server:
             if host is None:
                 self._find_step(peer, message)
             else:
-                self._drain()
-                self._refuse_peer(peer, "a message of more frames than one")
+                if self._drain():
+                    self._expel(peer)
+                else:
+                    self._refuse_peer(peer, "a message of more frames than one")
             return
         try:
             op, count = headers.parse_preamble(message)
@@ -428,10 +445,21 @@ class Server:
         if not self._is_known(peer):
             self._refuse_peer(peer, UNKNOWN)
 
-    def _drain(self) -> None:
-        """Drop what is left of the message whose first frames were read."""
-        while self._router.getsockopt(zmq.RCVMORE):
-            self._router.recv()
+    def _drain(self) -> bool:
+        """Drop what is left of the message whose first frames were read; tell whether its sender was cut off.
+
+        The hosts of the process that has sent too many frames are sent away, a worker by the next failure to reach it.
+        """
+        flood = drop_rest(self._router)
+        if flood is None:
+            return False
+        pid = cut(flood)
+        fields = {"pid": pid, "limit": FRAMES_MAX}
+        log.warning("connection cut: a message of too many frames", extra={"fields": fields})
+        if pid:
+            for peer in self._hosts.of_process(pid):
+                self._expel(peer)
+        return True
 
     def _is_known(self, peer: bytes) -> bool:
         return (

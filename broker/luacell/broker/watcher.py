@@ -119,7 +119,7 @@ class Watcher:
         os.close(self._wake)
 
     def order(self, work: Callable[[], WorkDone]) -> None:
-        """Run `work` in the thread; what it returns reaches the inbox. Called by the loop."""
+        """Run `work` in the thread; what it returns reaches the inbox. Called by any thread."""
         self._orders.append(work)
         os.eventfd_write(self._wake, 1)
 

@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Final
 
 BROKER_SOCKET: Final = "broker.sock"
+BROKER_SOCKET_ASIDE: Final = "broker.sock.aside"  # while descriptors are too short for connections
 DESCRIPTOR_SOCKET: Final = "fd.sock"
 LOCK_FILE: Final = "broker.lock"
 STATE_DIRECTORY: Final = "state"  # in a run directory that was chosen without a state directory

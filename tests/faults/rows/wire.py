@@ -7,6 +7,18 @@ from typing import Final
 from tests.faults.rows.row import Row
 
 ROWS: Final = (
+    Row(
+        "Z16b",
+        "80 % of the broker's descriptors taken by silent connections",
+        "accepting pauses until they are dropped; hosts are served on",
+        "a gate that takes the socket's name away",
+    ),
+    Row(
+        "Z17",
+        "one message of 1,000,000 frames, empty or posing as messages",
+        "the host is dropped; others' p99 under 50 ms",
+        "the rest of a message is dropped, its connection cut",
+    ),
     Row("Z18", "malformed and mutated frames, from every side", "BAD_REQUEST, or the peer is dropped", "the codec"),
     Row("Z20", "bombs of msgpack", "BAD_REQUEST, or the peer is dropped", "every length has a bound"),
     Row("Z24", "a second broker on the same endpoint", "it refuses to start", "a lock in the run directory"),

@@ -1,0 +1,122 @@
+"""Whether strangers may connect: the broker's socket has no name while descriptors are short.
+
+libzmq aborts the process when its ipc listener meets EMFILE (4.3.5, `ipc_listener.cpp:297`). `bounds` divides four
+fifths of the descriptors among hosts, workers and segments; connections that never say who they are take what they
+like. So a thread hears of each one that libzmq accepts, and when more than four fifths are in use it takes the
+socket's name away: whoever is connected is served on, and whoever connects finds nothing and tries again. It does not
+end connections: those without a handshake libzmq drops itself, and then the name is given back.
+
+    open ── more than four fifths in use ──> shut ── four fifths or less ──> open
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Final, NoReturn
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from luacell.broker.bounds import usable_descriptors
+from luacell.broker.watcher import WorkDone
+
+log = logging.getLogger("luacell.broker")
+
+LOOK_MS: Final = 50  # between looks while it is shut
+BACKLOG: Final = 64  # connections that the kernel holds for libzmq, and which it accepts without a name as well
+
+_ENDPOINT: Final = "inproc://gate"
+_OPEN_DESCRIPTORS: Final = "/proc/self/fd"
+
+
+class Gate:
+    """One thread behind a monitor of the ROUTER; made before the ROUTER is bound.
+
+    Args:
+        context: of the ROUTER.
+        router: whose connections are counted.
+        path: of the socket that it will be bound to.
+        aside: where that is while the gate is shut.
+        descriptors: RLIMIT_NOFILE.
+        order: hands work to the loop, as the watcher does.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        router: zmq.Socket[bytes],
+        path: Path,
+        aside: Path,
+        descriptors: int,
+        order: Callable[[Callable[[], WorkDone]], None],
+    ) -> None:
+        self._router = router
+        self._path = path
+        self._aside = aside
+        self._limit = usable_descriptors(descriptors)
+        self._order = order
+        self._is_open = True
+        router.setsockopt(zmq.BACKLOG, BACKLOG)
+        router.monitor(_ENDPOINT, zmq.EVENT_ACCEPTED | zmq.EVENT_MONITOR_STOPPED)
+        # Connected here: libzmq's thread would wait for somebody to hear of the first connection.
+        self._events = context.socket(zmq.PAIR)
+        self._events.connect(_ENDPOINT)
+        self._thread = threading.Thread(target=self._run, name="luacell-gate", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and wait for it; the socket has its name again. Called by the ROUTER's thread."""
+        self._router.disable_monitor()
+        self._thread.join()
+
+    def _run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            while self._hear():
+                self._look()
+            if not self._is_open:
+                self._open()
+        except Exception as error:  # nobody would hear of connections any more, and libzmq would wait for that
+            failure = error
+            self._order(lambda: WorkDone(partial(_fail, failure)))
+        finally:
+            self._events.close(linger=0)
+
+    def _hear(self) -> bool:
+        """Wait for a connection, or while the gate is shut for a moment; tell whether to go on."""
+        if not self._events.poll(None if self._is_open else LOOK_MS):
+            return True
+        return parse_monitor_message(self._events.recv_multipart())["event"] is not zmq.Event.MONITOR_STOPPED
+
+    def _look(self) -> None:
+        count = _open_descriptors()
+        if self._is_open and count > self._limit:
+            os.rename(self._path, self._aside)
+            self._is_open = False
+            fields = {"descriptors": count, "limit": self._limit}
+            log.warning("accepting pauses: descriptors are short", extra={"fields": fields})
+        elif not self._is_open and count <= self._limit:
+            self._open()
+            log.warning("accepting goes on", extra={"fields": {"descriptors": count, "limit": self._limit}})
+
+    def _open(self) -> None:
+        os.rename(self._aside, self._path)
+        self._is_open = True
+
+
+def _open_descriptors() -> int:
+    """Count this process's descriptors; Linux before 6.2 does not tell the number, but their names."""
+    return os.stat(_OPEN_DESCRIPTORS).st_size or len(os.listdir(_OPEN_DESCRIPTORS))
+
+
+def _fail(error: Exception) -> NoReturn:
+    raise error
