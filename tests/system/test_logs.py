@@ -41,8 +41,8 @@ def printed(serving: Serving, stream: str = "stdout") -> str:
     return "".join(record["text"] for record in serving.records("contract output", stream=stream))
 
 
-def cut(serving: Serving) -> int:
-    return sum(record.get("cut", 0) for record in serving.records("contract output"))
+def cut(serving: Serving, event: str = "contract output") -> int:
+    return sum(record.get("cut", 0) for record in serving.records(event))
 
 
 # -- what contracts print ----
@@ -161,6 +161,59 @@ def test_a_stderr_that_nobody_reads_stops_nothing(tmp_path_factory: pytest.TempP
     finally:
         os.close(writer)
         os.close(reader)
+
+
+# -- what contracts log ----
+def logged(serving: Serving) -> list[tuple[str, int | None, str]]:
+    """Return what a contract has logged: level, function, text."""
+    return [(each["level"], each.get("function"), each["text"]) for each in serving.records("contract log")]
+
+
+@pytest.mark.parametrize("sandbox", ["default", "hardened"])
+def test_what_a_contract_logs_is_a_record_of_its_level(serving: Serving, bridge: LuaHostBridge, sandbox: str) -> None:
+    body = """
+      for _, level in ipairs({ "debug", "info", "warning", "error" }) do luacell.log(level, "line 1\\nä \\30\\\\n") end
+      io.stderr:write("printed ")
+      luacell.log("info", 4.5)
+      io.stderr:write("on\\n")
+    """
+    deploy(bridge, 'luacell.log("info", "loads")\n' + function(body), sandbox=sandbox)
+    bridge.call(PROBE, 7)
+    lines: list[tuple[str, int | None, str]] = [
+        (level, 7, "line 1\nä \x1e\\n") for level in ("debug", "info", "warning", "error")
+    ]
+    settles(lambda: logged(serving), [("info", None, "loads"), *lines, ("info", 7, "4.5")], "each is a record")
+    settles(lambda: printed(serving, "stderr"), "printed on\n", "what is printed stays that")
+    (worker,) = [each["id"] for each in bridge.health()["workers"] if each["contract"] == PROBE]
+    assert {(each["contract"], each["worker"]) for each in serving.records("contract log")} == {(PROBE, worker)}
+
+
+def test_a_level_that_does_not_exist_is_an_error_that_names_it(bridge: LuaHostBridge) -> None:
+    deploy(bridge, function('luacell.log(fn_id == 1 and "loud" or 3, "text")'))
+    assert 'level "loud" is none of debug, info, warning, error' in str(failure(bridge, PROBE, 1))
+    assert 'level "3" is none of' in str(failure(bridge, PROBE, 2))
+
+
+def test_logs_are_cut_and_counted_as_prints_are(serving: Serving, bridge: LuaHostBridge) -> None:
+    source = 'luacell.log("error", ("x"):rep(3000)) for _ = 1, 20 do luacell.log("info", ("y"):rep(100)) end'
+    deploy(bridge, function(source), max_output="3KiB")
+    bridge.call(PROBE, 0)
+    eventually(lambda: cut(serving, "contract log") > 0, "what is beyond is counted")
+    first, *_, last = logged(serving)
+    assert first[2].endswith(" … (truncated)")
+    assert last[2].strip("y") == ""
+    assert 2900 < sum(len(text.encode()) for _, _, text in logged(serving)) <= 3 * 1024
+
+
+def test_a_contract_forges_only_what_it_could_log(serving: Serving, bridge: LuaHostBridge) -> None:
+    forged = '"\\30log error 99 forged\\n\\30log fatal 1 x\\n\\30log info 1 never ends"'
+    deploy(bridge, function(f'io.stderr:write({forged}) ffi.cast("int *", 0)[0] = 1'))
+    assert isinstance(failure(bridge, PROBE), WorkerCrashed)
+    died = serving.record("worker died", contract=PROBE)
+    assert "error: forged\n" in died["stderr"]
+    (record,) = serving.records("contract log")
+    assert (record["contract"], record["function"], record["text"]) == (PROBE, 99, "forged")
+    assert printed(serving, "stderr") == "\x1elog fatal 1 x\n\x1elog info 1 never ends"
 
 
 # -- the life of a service ----

@@ -20,6 +20,7 @@ from typing import Final
 from luacell.broker import model
 from luacell.broker.books import Pair
 from luacell.broker.causes import UNKNOWN, Cause, Vitals
+from luacell.broker.contract_log import Line, LineFinder, readable
 from luacell.broker.dispatcher import Dispatcher
 from luacell.broker.model import Effect, Worker
 from luacell.broker.outputs import OutputBudget
@@ -36,6 +37,7 @@ from luacell.protocol.messages import decode, encode
 log = logging.getLogger("luacell.broker")
 
 CLOSING_WAIT_NS: Final = 20 * NS_PER_MS  # a dying process closes its descriptors just before its pidfd tells
+_LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 CAUSE_WAIT_NS: Final = 250 * NS_PER_MS  # a pidfd may be faster than the worker host's report of the cause
 
 
@@ -50,6 +52,7 @@ class WorkerLink:
     died_ns: int = 0  # when the pidfd reported its death, while the cause is awaited
     output: OutputBudget = field(default_factory=OutputBudget)
     stream: str = "stdout"  # where its last output came from
+    lines: LineFinder = field(default_factory=LineFinder)  # in its stderr
     last_words: str = ""  # the end of its stderr, when it is dead
 
 
@@ -202,27 +205,51 @@ class Workers:
         if link is None:
             return
         if output.stream == "tail":
-            link.last_words = output.data.decode("utf-8", "replace")
+            link.last_words = readable(output.data).decode("utf-8", "replace")
             return
         link.stream = output.stream
-        contract, now_ns = link.worker.contract, time.monotonic_ns()
-        size, cut, size_max = len(output.data), output.cut, OUTPUT_PER_CALL_MAX
+        parts = link.lines.feed(output.data) if output.stream == "stderr" else [output.data]
+        cut, now_ns = output.cut, time.monotonic_ns()
+        for part in parts or [b""]:
+            if isinstance(part, bytes):
+                self._bound(link, part, cut, now_ns)
+            elif log.isEnabledFor(_LEVELS[part.level]):
+                self._bound(link, part.text, cut, now_ns, part)
+            else:
+                continue
+            cut = 0
+
+    def _bound(self, link: WorkerLink, data: bytes, cut: int, now_ns: int, line: Line | None = None) -> None:
+        """Make a record of a piece of output, or of a line of the contract's log, within the bounds on both."""
+        contract = link.worker.contract
+        size, size_max = len(data) + (line is not None), OUTPUT_PER_CALL_MAX  # an empty line is one, too
         if contract is not None:
             size_max = contract.record.settings.max_output
             if size and not contract.record_rate.take(now_ns):
                 size, cut = 0, cut + size
         kept = link.output.take(link.worker.served, size, cut, now_ns, size_max)
         if kept.is_worth_a_record:
-            self._tell_output(link, output.data[: kept.size].decode("utf-8", "replace"), kept.cut)
+            text = data[: kept.size].decode("utf-8", "replace")
+            self._tell_output(link, text, kept.cut, line if kept.size else None)
         elif link.output.has_untold:
             self._untold[link.worker.id] = link
 
-    def _tell_output(self, link: WorkerLink, text: str, cut: int) -> None:
+    def _tell_output(self, link: WorkerLink, text: str, cut: int, line: Line | None = None) -> None:
         self._untold.pop(link.worker.id, None)
         worker = link.worker
-        title = worker.contract.record.title if worker.contract else None
-        fields = {"contract": title, "worker": worker.id, "stream": link.stream, "text": text}
-        log.info("contract output", extra={"fields": fields | ({"cut": cut} if cut else {})})
+        fields: dict[str, object] = {
+            "contract": worker.contract.record.title if worker.contract else None,
+            "worker": worker.id,
+        }
+        if line is None:
+            fields["stream"] = link.stream
+        elif line.function is not None:
+            fields["function"] = line.function
+        fields["text"] = text
+        if cut:
+            fields["cut"] = cut
+        level, event = (logging.INFO, "contract output") if line is None else (_LEVELS[line.level], "contract log")
+        log.log(level, event, extra={"fields": fields})
 
     def _on_started(self, started: messages.Started, pidfd: int, channel_fd: int) -> None:
         channel = socket.socket(fileno=channel_fd)
@@ -357,6 +384,8 @@ class Workers:
         link = self._links.pop(worker.id, None)
         if link is not None:
             cause = replace(cause, last_words=link.last_words)
+            if begun := link.lines.end():
+                self._bound(link, begun, 0, now_ns)
             if link.output.has_untold:
                 self._tell_output(link, "", link.output.tell(now_ns))
         self._on_end(worker)

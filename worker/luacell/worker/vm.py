@@ -21,7 +21,7 @@ from lupa import luajit21 as lupa  # noqa: E402
 
 _PRELUDE: Final = {
     name: files("luacell.worker").joinpath("lua", name).read_bytes()
-    for name in ("execute.lua", "load.lua", "nested.lua", "serve.lua", "typed.lua", "untrusted.lua")
+    for name in ("execute.lua", "load.lua", "log.lua", "nested.lua", "serve.lua", "typed.lua", "untrusted.lua")
 }
 _ENCODING: Final = "latin-1"  # every byte string survives the way through lupa
 
@@ -45,6 +45,7 @@ class Vm:
             max_memory=0,
         )
         self._runtime: Any = self._chunk("execute.lua")
+        self._chunk("log.lua", self._runtime)
         self._load: Any = self._chunk("load.lua", self._runtime)
         self._runtime.set_buffers(records_address, answers_address)
         self.execute: Any = self._runtime.execute

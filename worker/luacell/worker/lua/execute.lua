@@ -51,7 +51,7 @@ local target -- the contract's function
 local is_typed = false -- whether it is a binding, which is told sizes and arena and returns the bytes that it wrote
 local forget_arena -- told when a host is gone, where the contract is typed
 local deadline_ns = 0 -- of the running call
-local running = false -- whether there is one
+local running = false -- id of the function that it runs, while there is one
 local began_ns, limit_ns, waited_ns = 0, 0, 0 -- of it; waiting for calls of its own is no running
 local timer_ns = 0 -- when the timer fires; 0: not set
 local cpu_us, cpu_read_ns = 0, 0 -- CPU time of this process, and when it was that
@@ -249,7 +249,7 @@ local function execute(index, place)
     out = out_slot + PAYLOAD
     if out_size > 0 and not is_typed then fill(out, out_size) end
   end
-  handled, chosen_code, running = false, nil, true
+  handled, chosen_code, running = false, nil, record.fn_id
   local fine, result
   if is_typed then
     fine, result = xpcall(target, handler, record.fn_id, args, out, args_size, out_size, record.arena)
@@ -308,6 +308,7 @@ return {
   begin_waiting = begin_waiting,
   end_waiting = end_waiting,
   time_left_ns = function() return running and deadline_ns - clock_ns() or nil end,
+  function_id = function() return running or nil end,
   make_failure = make_failure,
   described = described,
   cut = cut,
