@@ -70,6 +70,7 @@ class Truth:
     code: int | None = None  # of the result, once `done` carried its number
     finished_ns: int = 0  # when that was
     causes: list[Cause] = field(default_factory=list)  # of the deaths it was there for
+    is_recorded: bool = False  # as a crash
     inspected_ns: int = 0  # when it was past its time and its process was to be looked at
     run_out_ns: int = 0  # when it has run for the limit of the contract that it was sent to
     workers: list[int] = field(default_factory=list)
@@ -105,6 +106,8 @@ class Auditor:
         self._ordered: set[int] = set()
         self._loaded: set[int] = set()
         self._saved: set[int] = set()
+        self._recorded: set[int] = set()  # whose deaths are on record as crashes
+        self._orphans: set[int] = set()
         self._seats: dict[tuple[int, int | bytes], model.Contract] = {}
         self._records: dict[int, ContractRecord] = {}
 
@@ -203,7 +206,8 @@ class Auditor:
 
     def orphaned(self, worker_ids: Iterable[int]) -> None:
         """The broker hears that the worker host is gone, and with it all workers."""
-        self._killed.update(worker_ids)
+        self._orphans.update(worker_ids)
+        self._killed.update(self._orphans)
 
     def host_read(self, number: int, found: int, out_size: int, error_size: int, code: int) -> None:
         """A host has read the slot of an answered call; only what a contract says of itself may be wrong."""
@@ -246,6 +250,8 @@ class Auditor:
                 self._saw_kill(worker)
             case model.InspectWorker(worker):
                 self._saw_inspection(worker)
+            case model.RecordCrash(call):
+                self._saw_crash(effect, self._by_call[call])
             case model.DropPair(pair):
                 self.note("drop", pair.key)
                 self._saw_drop(pair)
@@ -331,6 +337,29 @@ class Auditor:
         self.demand(is_first or truth.is_lied_about, truth, "is inspected and has its answer")
         truth.inspected_ns = now_ns
 
+    def _saw_crash(self, effect: model.RecordCrash, truth: Truth) -> None:
+        """Record what a contract did to its worker: once, and while the slot still holds the call."""
+        self.note("crash", truth.number, effect.code.name)
+        self.world.counts[f"crash {effect.code.name}"] += 1
+        self.demand(not truth.is_released, truth, "is put on record after its slot was released")
+        self.demand(not truth.is_recorded, truth, "is put on record twice")
+        self.demand(truth.call.contract.owner is None, truth, "is private and put on record")
+        truth.is_recorded = True
+        if effect.code is AbiErrorCode.OUT_OF_MEMORY:
+            self.demand(truth.is_lied_about or truth.code == effect.code, truth, "is put on record and had memory left")
+            return
+        worker_id = truth.workers[-1]
+        self.demand(truth.is_marked, truth, "is put on record and had not begun")
+        self.demand(truth.code is None, truth, "is put on record and was finished")
+        self.demand(
+            not self.world.workers[worker_id].is_alive, truth, "is put on record and worker", worker_id, "lives"
+        )
+        self.demand(worker_id not in self._recorded, "the death of worker", worker_id, "is put on record twice")
+        self._recorded.add(worker_id)
+        is_late = effect.code is AbiErrorCode.DEADLINE_EXCEEDED
+        is_awaited = not truth.is_cancelled and not truth.is_host_gone
+        self.demand(is_late or is_awaited, truth, "is put on record and nobody waited for it")
+
     def _check_back_off(self, worker: model.Worker) -> None:
         contract = worker.contract
         assert contract is not None
@@ -379,6 +408,8 @@ class Auditor:
         elif effect.code is AbiErrorCode.WORKER_CRASHED:
             is_alive = self.world.workers[truth.workers[-1]].is_alive
             self.demand(not is_alive, truth, "is said to have crashed a worker that lives")
+            is_kept = truth.is_recorded or truth.call.contract.owner is not None or truth.workers[-1] in self._orphans
+            self.demand(is_kept or effect.began == "no", truth, "has crashed its worker and is not put on record")
             attempts = 1 if effect.began == "yes" else ATTEMPTS_MAX
             self.demand(len(truth.workers) >= attempts, truth, "was not tried again")
         elif effect.code is AbiErrorCode.OUT_OF_MEMORY:

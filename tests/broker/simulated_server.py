@@ -68,6 +68,7 @@ class SimulatedServer:
             model.KillWorker: self._kill_worker,
             model.InspectWorker: self._inspect_worker,
             model.DropPair: self._drop_pair,
+            model.RecordCrash: lambda effect: None,
             model.Record: lambda effect: None,
         }
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from luacell.broker import answers, carrying, dispatcher, handover, model
+from luacell.broker import answers, carrying, deaths, dispatcher, handover, model
 from luacell.broker.books import ARENA_BITS
 from luacell.broker.catalogue import Catalogue
 from luacell.broker.causes import Cause
@@ -22,6 +22,7 @@ from luacell.broker.model import (
     Contract,
     Effect,
     KillWorker,
+    RecordCrash,
     SendReleased,
     SendResult,
     Worker,
@@ -85,6 +86,11 @@ def test_workers_die_at_each_step(worlds: list[Simulation], step: str) -> None:
 )
 def test_every_kind_of_answer_is_given(worlds: list[Simulation], answer: str) -> None:
     assert sum((world.auditor.answers for world in worlds), Counter[str]())[answer] > 0
+
+
+@pytest.mark.parametrize("code", ["DEADLINE_EXCEEDED", "OUT_OF_MEMORY", "WORKER_CRASHED"])
+def test_every_kind_of_crash_is_put_on_record(worlds: list[Simulation], code: str) -> None:
+    assert sum((world.counts for world in worlds), Counter[str]())[f"crash {code}"] > 0
 
 
 def test_the_quick_way_is_taken(worlds: list[Simulation]) -> None:
@@ -471,6 +477,24 @@ SWARMS["a_contract_that_does_not_load_is_tried_at_once"] = Swarm(
 
 
 @breakage
+def crashes_are_not_put_on_record(patch: Patch) -> None:
+    patch.setattr(dispatcher, "crash_of", lambda episode, cause, verdict: None)
+
+
+@breakage
+def crashes_that_nobody_waited_for_are_put_on_record(patch: Patch) -> None:
+    tell = deaths.crash_of
+
+    def tell_all(episode: Episode, cause: Cause, verdict: str) -> RecordCrash | None:
+        was_answered, episode.call.answered = episode.call.answered, False
+        crash = tell(episode, cause, verdict)
+        episode.call.answered = was_answered
+        return crash
+
+    patch.setattr(dispatcher, "crash_of", tell_all)
+
+
+@breakage
 def a_contract_that_does_not_load_is_tried_at_once(patch: Patch) -> None:
     staff = Catalogue.staff
 
@@ -482,10 +506,15 @@ def a_contract_that_does_not_load_is_tried_at_once(patch: Patch) -> None:
 
 @breakage
 def results_are_not_cut_to_size(patch: Patch) -> None:
-    def whole(self: Dispatcher, call: Call, done: Done | Answer, *, slot_free: bool) -> SendResult:
-        return SendResult(call, done.code, done.out_size, done.error_size, slot_free)
+    def whole(
+        self: Dispatcher, call: Call, done: Done | Answer, now_ns: int, effects: Effects, *, slot_free: bool
+    ) -> None:
+        effects.append(SendResult(call, done.code, done.out_size, done.error_size, slot_free))
 
-    patch.setattr(Dispatcher, "_result", whole)
+    patch.setattr(Dispatcher, "_relay", whole)
+
+
+SWARMS["results_are_not_cut_to_size"] = Swarm(hostile=0.3, slow=0.3, cancelling=0.2, hosts=3, spares=3)
 
 
 # -- the quick way: each leaves out one of its questions ----------------------------------------------------------

@@ -59,7 +59,14 @@ def main(arguments: list[str] | None = None) -> int:
             _end_with(options.parent, run_directory, options.ephemeral)
         state_directory = StateDirectory(options.state_dir or options.run_dir / STATE_DIRECTORY, LOCK_WAIT_S)
         registry_store = RegistryStore(state_directory.registry, durable=not options.ephemeral)
-        server = Server(run_directory, options.spares, registry_store, options.tcp, options.parent)
+        server = Server(
+            run_directory,
+            options.spares,
+            registry_store,
+            options.tcp,
+            options.parent,
+            records_crashes=options.crash_records,
+        )
     except (DirectoryError, StoreError, BindError) as error:
         print(f"luacell broker: {error}", file=sys.stderr)
         return EXIT_REFUSED
@@ -106,6 +113,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--spares", type=_spares, default=1, help="blank workers to keep warm")
     parser.add_argument("--tcp", type=_tcp, help="tcp://HOST:PORT on loopback for hosts without shared memory")
+    parser.add_argument(
+        "--no-crash-records",
+        dest="crash_records",
+        action="store_false",
+        help="do not keep the arguments of calls that crash their workers",
+    )
     parser.add_argument("--log-level", choices=LEVELS, default="info")
     parser.add_argument("--parent", type=int, help="pid to end with")
     parser.add_argument("--ephemeral", action="store_true", help="remove the run directory at the end")

@@ -1,16 +1,17 @@
 """What is told of a worker's death: of the process, and of the call that it was running.
 
-Words and numbers for the record that people read; what a death means for the calls is the dispatcher's.
+Words and numbers for the records that people read, and which deaths are to be remembered with all that makes the call
+again; what a death means for the calls is the dispatcher's.
 """
 
 from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
-from luacell.broker.causes import Cause, Vitals
-from luacell.broker.model import DOOMED, Call, Record, Worker
-from luacell.protocol.errors import Began
-from luacell.protocol.limits import NS_PER_S, US_PER_S
+from luacell.broker.causes import FROM_OUTSIDE, SIGALRM, Cause, Vitals
+from luacell.broker.model import DOOMED, Call, Record, RecordCrash, Worker
+from luacell.protocol.errors import AbiErrorCode, Began
+from luacell.protocol.limits import MIB, NS_PER_S, US_PER_S
 from luacell.protocol.slots import Answer
 
 DIGITS: Final = 6  # of seconds behind the point: microseconds
@@ -91,3 +92,42 @@ def _told(episode: Episode) -> dict[str, Any]:
         "ran": round(episode.ran, DIGITS),
     }
     return told if episode.cpu is None else told | {"cpu": episode.cpu}
+
+
+def crash_of(episode: Episode, cause: Cause, verdict: str) -> RecordCrash | None:
+    """Return what is to be remembered of a call that its worker died of, or None.
+
+    That is nothing where its host no longer waited for it, where it is private to a host, and where the worker had to
+    go with its worker host.
+
+    Args:
+        episode: of a call that had begun.
+        cause: how the worker ended.
+        verdict: why this broker has killed it, or "".
+    """
+    call = episode.call
+    if call.contract.owner is not None or (call.answered and not call.is_overdue) or verdict in FROM_OUTSIDE:
+        return None
+    is_late = call.is_overdue or cause.signal == SIGALRM
+    code = AbiErrorCode.DEADLINE_EXCEEDED if is_late else AbiErrorCode.WORKER_CRASHED
+    return RecordCrash(
+        call,
+        code,
+        f"{cause} (killed: {verdict})" if verdict else str(cause),
+        cause.signal,
+        cause.exit_code,
+        episode.queued,
+        episode.ran,
+        episode.cpu,
+        cause.last_words,
+    )
+
+
+def exhaustion_of(call: Call, now_ns: int) -> RecordCrash | None:
+    """Return what is to be remembered of a call that has used up its contract's memory, or None; see `crash_of`."""
+    if call.contract.owner is not None:
+        return None
+    code, cause = AbiErrorCode.OUT_OF_MEMORY, f"out of memory: {call.contract.record.settings.memory / MIB:g} MiB"
+    sent_ns = call.sent_ns or now_ns
+    queued, ran = (sent_ns - call.arrived_ns) / NS_PER_S, (now_ns - sent_ns) / NS_PER_S
+    return RecordCrash(call, code, cause, None, None, queued, ran, None, "")

@@ -28,7 +28,7 @@ from typing import Final
 from luacell.broker import answers, carrying, chains
 from luacell.broker.books import ARENA_BITS, PairState, Refusal
 from luacell.broker.causes import NO_VITALS, Cause, Vitals
-from luacell.broker.deaths import death_record
+from luacell.broker.deaths import crash_of, death_record
 from luacell.broker.handover import (
     KILL_AFTER_NS,
     RETIRED,
@@ -478,7 +478,11 @@ class Dispatcher(Handover):
         effects: list[Effect] = []
         was_loading = worker.state is LOADING
         contract = worker.contract
-        effects.append(death_record(worker, cause, self._last_episode(worker, cause, now_ns)))
+        episode = self._last_episode(worker, cause, now_ns)
+        effects.append(death_record(worker, cause, episode))
+        crash = crash_of(episode, cause, worker.verdict) if episode is not None else None
+        if crash is not None:
+            effects.append(crash)
         self.workforce.died(worker, cause, now_ns, effects)
         self._bury(worker, cause, now_ns, effects)
         effects += self.host_left(worker.routing_id, now_ns)
@@ -638,6 +642,7 @@ class Dispatcher(Handover):
         if not call.answered:
             seen = self._give_up(call, now_ns, effects)
             if not has_result(call, seen):
+                call.is_overdue = True
                 run_limit = f"run_limit {call.contract.run_limit_ns / NS_PER_S:g} s"
                 limit = "" if now_ns >= call.deadline_ns else run_limit
                 began = has_begun(call, seen)

@@ -20,7 +20,7 @@ from luacell.broker import answers, carrying, chains
 from luacell.broker.books import Books
 from luacell.broker.catalogue import Catalogue
 from luacell.broker.causes import HOST_LEAVES, NO_VITALS, SIGALRM, Cause, Vitals
-from luacell.broker.deaths import Episode, cpu_of, episode_of
+from luacell.broker.deaths import Episode, cpu_of, episode_of, exhaustion_of
 from luacell.broker.model import (
     BUSY,
     DOOMED,
@@ -162,7 +162,7 @@ class Handover:
             if not call.answered and not seen.flags & headers.NOT_BEGUN:
                 call.answered = True
                 self._resume(call, now_ns)
-                effects.append(self._result(call, seen, now_ns, slot_free=False))
+                self._relay(call, seen, now_ns, effects, slot_free=False)
             if call.answered and call.timer is not None:
                 self._wheel.cancel(call.timer, call)
                 call.timer = None
@@ -187,7 +187,7 @@ class Handover:
             effects.append(answers.deadline_exceeded(call, "no", now_ns))
             self._end(call, now_ns, effects)
         else:
-            effects.append(self._result(call, done, now_ns, slot_free=True))
+            self._relay(call, done, now_ns, effects, slot_free=True)
             self._end(call, now_ns, effects)
 
     def _bury(self, worker: Worker, cause: Cause, now_ns: int, effects: list[Effect]) -> None:
@@ -237,8 +237,8 @@ class Handover:
         """Return what a worker that has died was running, if that is anything."""
         for call in worker.held:
             seen = self._memory.look(call)
-            if seen.done != call.sequence:
-                return episode_of(call, seen, cause.vitals, now_ns) if is_running(call, seen) else None
+            if is_running(call, seen):
+                return episode_of(call, seen, cause.vitals, now_ns)
         return None
 
     def _inquire(self, call: Call, limit: str, seen: Answer, now_ns: int, effects: list[Effect]) -> None:
@@ -503,17 +503,23 @@ class Handover:
         call.answered = True
         self._resume(call, now_ns)
         if has_result(call, seen):
-            effects.append(self._result(call, seen, now_ns, slot_free=False))
+            self._relay(call, seen, now_ns, effects, slot_free=False)
         return seen
 
-    def _result(self, call: Call, done: headers.Done | Answer, now_ns: int, *, slot_free: bool) -> Effect:
-        """Make a worker's answer fit to be relayed: sizes are within what the host asked for."""
+    def _relay(
+        self, call: Call, done: headers.Done | Answer, now_ns: int, effects: list[Effect], *, slot_free: bool
+    ) -> None:
+        """Relay a worker's answer, made fit for that: sizes are within what the host asked for."""
         if done.code == AbiErrorCode.OUT_OF_MEMORY and done.flags & headers.RETIRE:
             # The worker does not know what the broker calls its contract. Without RETIRE it is another's memory.
-            return answers.out_of_memory(call, now_ns, slot="free" if slot_free else "kept")
+            crash = exhaustion_of(call, now_ns)
+            if crash is not None:
+                effects.append(crash)
+            effects.append(answers.out_of_memory(call, now_ns, slot="free" if slot_free else "kept"))
+            return
         self.answered_count += 1
         out_size = min(done.out_size, call.header.out_size)
-        return SendResult(call, done.code, out_size, min(done.error_size, ERROR_TEXT_MAX), slot_free)
+        effects.append(SendResult(call, done.code, out_size, min(done.error_size, ERROR_TEXT_MAX), slot_free))
 
     def _fail_unregistered(self, call: Call, now_ns: int, effects: list[Effect]) -> None:
         effects.append(answers.unregistered(call))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luacell.broker.books import Books, Pair, PairState, Refusal
+from luacell.broker.crash_keeper import QUESTIONS_MAX, Body, CrashKeeper, Report
 from luacell.broker.dispatcher import Dispatcher
 from luacell.broker.keeper import CHANGES_MAX, Keeper
 from luacell.broker.model import DropPair, Effect, Request, SendReply
@@ -46,7 +47,7 @@ class Hosts:
     """All hosts of one broker.
 
     Args:
-        dispatcher, books, registry, store, keeper: the broker's.
+        dispatcher, books, registry, store, keeper, crashes: the broker's.
         outbox: for answers.
         watcher: reads channels and reports deaths.
         perform: performs effects.
@@ -67,6 +68,7 @@ class Hosts:
         on_calls: Callable[[bytes, Iterable[tuple[int, ...]], int], None],
         epoch: bytes,
         keeper: Keeper,
+        crashes: CrashKeeper,
         facts: Mapping[str, Any],
     ) -> None:
         self._dispatcher = dispatcher
@@ -79,6 +81,7 @@ class Hosts:
         self._on_calls = on_calls
         self._epoch = epoch
         self._keeper = keeper
+        self._crashes = crashes
         self._facts = facts
         self.links: dict[bytes, HostLink] = {}
         self.callers: dict[bytes, HostLink] = {}  # those of them that have introduced themselves over ZeroMQ, too
@@ -92,6 +95,8 @@ class Hosts:
             Op.COMMIT: self._on_commit,
             Op.UNREGISTER: self._on_unregister,
             Op.REVIVE: self._on_revive,
+            Op.CRASHES: self._on_crashes,
+            Op.CRASH: self._on_crash,
             Op.LIST: self._on_list,
             Op.DESCRIBE: self._on_describe,
             Op.HEALTH: self._on_health,
@@ -259,6 +264,35 @@ class Hosts:
         self._perform(effects)
         self._outbox.send_reply(SendReply(request, body={"was_resting": was_resting}))
 
+    def _on_crashes(self, peer: bytes, count: int, message: bytes) -> None:
+        asked = decode(messages.Crashes, message)
+        request = Request(peer, asked.request_id)
+        self._ask_for_crashes(request, lambda report: self._crashes.list(asked.first, report))
+
+    def _on_crash(self, peer: bytes, count: int, message: bytes) -> None:
+        asked = decode(messages.Crash, message)
+        request = Request(peer, asked.request_id)
+        self._ask_for_crashes(request, lambda report: self._crashes.read(asked.crash, asked.part, report), asked.crash)
+
+    def _ask_for_crashes(self, request: Request, ask: Callable[[Report], bool], crash_id: str = "") -> None:
+        """Have crash records read for a host that is of this user for certain."""
+        if request.session_id not in self.links:
+            self._outbox.send_reply(_not_for_strangers(request))
+            return
+
+        def report(body: Body | None, problem: str) -> None:
+            if problem:
+                reply = SendReply(request, "Unavailable", AbiErrorCode.UNAVAILABLE, problem)
+            elif body is None:
+                reply = SendReply(request, "CrashNotFound", AbiErrorCode.NOT_FOUND, crash_id)
+            else:
+                reply = SendReply(request, body=body)
+            self._outbox.send_reply(reply)
+
+        if not ask(report):
+            reason = f"{QUESTIONS_MAX} questions about crashes wait for the disk; try again"
+            self._outbox.send_reply(SendReply(request, "Busy", AbiErrorCode.BUSY, reason))
+
     def _on_list(self, peer: bytes, count: int, message: bytes) -> None:
         asked = decode(messages.List, message)
         page, total = self._registry.page(asked.first)
@@ -372,6 +406,11 @@ class Hosts:
 def _too_many_changes(request: Request) -> SendReply:
     reason = f"{CHANGES_MAX} changes of the registry wait to be written; try again"
     return SendReply(request, "Busy", AbiErrorCode.BUSY, reason)
+
+
+def _not_for_strangers(request: Request) -> SendReply:
+    reason = "crash records hold arguments of other hosts' calls: they are for hosts that connect by the run directory"
+    return SendReply(request, "Unauthorized", AbiErrorCode.UNAUTHORIZED, reason)
 
 
 def _ids_of(packed: bytes) -> list[int]:

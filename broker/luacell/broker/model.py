@@ -103,6 +103,7 @@ class Call:
         inquiry: it counts as answered, and is answered when its worker's process was looked at.
         parent: the call whose contract has made this one and waits for it; None for a host's.
         depth: how many such calls there are above it.
+        is_overdue: it was answered because it was past its time.
         waited_ns: how long it has waited for calls of its own, which is no time of running.
         extra: the contract that may have a worker more on its account, or None.
     """
@@ -118,6 +119,7 @@ class Call:
     timer: int | None = None
     parent: Call | None = None
     depth = 0
+    is_overdue = False
     waited_ns = 0
     extra: Contract | None = None
 
@@ -495,6 +497,28 @@ class DropPair(NamedTuple):
     pair: Pair
 
 
+class RecordCrash(NamedTuple):
+    """Put a call on record that its worker has died of, or that has used up its memory; its slot is still its own.
+
+    Attributes:
+        code: what its host is told, or was.
+        cause: how its worker ended, or why it was ended.
+        signal, exit_code: of the worker, or None.
+        queued, ran, cpu: seconds; see `deaths.Episode`.
+        stderr: the end of what its worker wrote there.
+    """
+
+    call: Call
+    code: AbiErrorCode
+    cause: str
+    signal: int | None
+    exit_code: int | None
+    queued: float
+    ran: float
+    cpu: float | None
+    stderr: str
+
+
 class Record(NamedTuple):
     """Write a log record."""
 
@@ -518,5 +542,6 @@ Effect = (
     | KillWorker
     | InspectWorker
     | DropPair
+    | RecordCrash
     | Record
 )

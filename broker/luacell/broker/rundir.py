@@ -17,6 +17,10 @@ from luacell.protocol.memory.channel import SOCKET_PATH_MAX
 from luacell.protocol.paths import (
     BROKER_SOCKET,
     BROKER_SOCKET_ASIDE,
+    CRASH_PARTIAL,
+    CRASH_SOURCES_SUFFIX,
+    CRASH_SUFFIX,
+    CRASHES_DIRECTORY,
     DESCRIPTOR_SOCKET,
     LOCK_FILE,
     STATE_DIRECTORY,
@@ -86,9 +90,21 @@ def remove_run_directory(path: Path) -> None:
     if state.is_dir() and not state.is_symlink():
         for name in STATE_FILES:
             (state / name).unlink(missing_ok=True)
+        _remove_crashes(state / CRASHES_DIRECTORY)
         with contextlib.suppress(OSError):
             state.rmdir()
     with contextlib.suppress(OSError):
+        path.rmdir()
+
+
+def _remove_crashes(path: Path) -> None:
+    """Remove crash records and their directory; anything else in it stays."""
+    if path.is_symlink():
+        return
+    with contextlib.suppress(OSError):
+        for file in path.iterdir():
+            if file.name == CRASH_PARTIAL or file.suffix in (CRASH_SUFFIX, CRASH_SOURCES_SUFFIX):
+                file.unlink(missing_ok=True)
         path.rmdir()
 
 

@@ -23,6 +23,8 @@ import zmq
 from luacell.broker import model
 from luacell.broker.books import Books, Pair
 from luacell.broker.bounds import bounds_for
+from luacell.broker.crash_keeper import CrashKeeper
+from luacell.broker.crash_store import CrashStore
 from luacell.broker.dispatcher import Dispatcher
 from luacell.broker.gate import Gate
 from luacell.broker.hosts import Hosts
@@ -46,6 +48,7 @@ from luacell.protocol.headers import Op
 from luacell.protocol.limits import MESSAGE_MAX, NS_PER_MS, NS_PER_S
 from luacell.protocol.memory.channel import ChannelClosed, close_all, send_message
 from luacell.protocol.messages import ROUTING_ID_SIZE, decode, encode
+from luacell.protocol.paths import CRASHES_DIRECTORY
 from luacell.protocol.release import __version__
 
 log = logging.getLogger("luacell.broker")
@@ -65,7 +68,9 @@ HEARTBEAT_LIMIT_MS: Final = 2500
 _CALL_HEAD: Final = headers.head(Op.CALL)
 _CALL_SIZE: Final = headers.PREAMBLE_SIZE + headers.CALL.size
 _NESTED: Final = frozenset({Op.CALL_INLINE, Op.PIECE, Op.MORE, Op.DESCRIBE})  # what a contract's own calls are made of
-_INLINE_CONTROL: Final = frozenset({Op.REGISTER, Op.COMMIT, Op.UNREGISTER, Op.REVIVE, Op.LIST, Op.DESCRIBE, Op.HEALTH})
+_INLINE_CONTROL: Final = frozenset(
+    {Op.REGISTER, Op.COMMIT, Op.UNREGISTER, Op.REVIVE, Op.CRASHES, Op.CRASH, Op.LIST, Op.DESCRIBE, Op.HEALTH}
+)
 _DONE_HEAD: Final = headers.head(Op.DONE)
 _DONE_SIZE: Final = headers.PREAMBLE_SIZE + headers.DONE.size
 _PREAMBLE_SIZE: Final = headers.PREAMBLE_SIZE
@@ -95,6 +100,7 @@ class Server:
         registry_store: the registry's file; the server closes it.
         tcp: where hosts without shared memory may connect besides, or None.
         parent: pid of the process that started this broker and its worker host; None takes any worker host.
+        records_crashes: whether calls that crash their workers are kept, in the directory of the registry's file.
 
     Raises:
         StoreError: what is in the file cannot be served.
@@ -108,6 +114,8 @@ class Server:
         registry_store: RegistryStore,
         tcp: TcpEndpoint | None = None,
         parent: int | None = None,
+        *,
+        records_crashes: bool = True,
     ) -> None:
         records = registry_store.records()
         self._run_directory = run_directory
@@ -137,6 +145,11 @@ class Server:
             parent,
         )
         self._keeper = Keeper(registry_store, lambda tell: self._watcher.order(lambda: WorkDone(tell)))
+        self._crashes = CrashKeeper(
+            CrashStore(registry_store.path.parent / CRASHES_DIRECTORY, is_recording=records_crashes),
+            self._store.read_args,
+            lambda tell: self._watcher.order(lambda: WorkDone(tell)),
+        )
         facts = {
             "version": __version__,
             "epoch": self._epoch.hex(),
@@ -154,6 +167,7 @@ class Server:
             self._on_calls,
             self._epoch,
             self._keeper,
+            self._crashes,
             facts,
         )
         memory = InlineMemory(books, self._store, self._watcher.order, lambda pair: self._perform([DropPair(pair)]))
@@ -191,6 +205,7 @@ class Server:
             model.KillWorker: self._workers.order_kill,
             model.InspectWorker: self._workers.order_inspection,
             model.DropPair: lambda effect: self._drop_pair(effect.pair),
+            model.RecordCrash: self._crashes.record,
             model.Record: _write_record,
         }
 
@@ -244,6 +259,7 @@ class Server:
         self._watcher.start()
         self._keeper.start()
         self._gate.start()
+        self._crashes.start()
         if signals is not None:
             self._watcher.watch_signals(signals)
         with contextlib.suppress(Leave):
@@ -277,6 +293,7 @@ class Server:
         """Close every socket, descriptor and mapping."""
         self._keeper.stop()
         self._gate.stop()
+        self._crashes.stop()
         self._watcher.stop()
         self._hosts.close()
         self._workers.close()

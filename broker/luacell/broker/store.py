@@ -21,7 +21,7 @@ from luacell.protocol.memory.segments import (
     create_segment,
     seals_of,
 )
-from luacell.protocol.slots import SLOT_SHIFT, Answer, SlotShape, read_answer, write_withdrawn
+from luacell.protocol.slots import PAYLOAD_OFFSET, SLOT_SHIFT, Answer, SlotShape, read_answer, write_withdrawn
 
 _POSITION_MASK = (1 << SLOT_SHIFT) - 1
 
@@ -134,3 +134,14 @@ class SegmentStore:
         write_withdrawn(stored.args.view, offset, call.sequence)
         with self._fence:  # a locked instruction: the barrier
             pass
+
+    def read_args(self, call: Call, size: int) -> bytes:
+        """Return a copy of the first bytes of a call's arguments, as its host left them.
+
+        Args:
+            call: its slot is not free.
+            size: bytes, at most as many as it has.
+        """
+        stored = self._pairs[call.pair.key]
+        start = (call.header.slot & _POSITION_MASK) * call.pair.shape.args_stride + PAYLOAD_OFFSET
+        return bytes(stored.args.view[start : start + size])

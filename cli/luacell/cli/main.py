@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from luacell.cli import bench, contracts, dev, doctor, explain, health, new, stubs, validate
-from luacell.cli.options import CModules, Floor, Level, LogLevel, RunDir, Sandbox, Spares, StateDir, Tcp
+from luacell.cli.options import CModules, CrashRecords, Floor, Level, LogLevel, RunDir, Sandbox, Spares, StateDir, Tcp
 from luacell.protocol.paths import STATE_DIRECTORY, default_run_directory, default_state_directory
 from luacell.protocol.release import __version__
 from luacell.protocol.startup import without_secrets
@@ -49,12 +49,16 @@ def serve(
     state_dir: StateDir = None,
     tcp: Tcp = None,
     spares: Spares = 1,
+    crash_records: CrashRecords = True,
     sandbox: Floor = Sandbox.DEFAULT,
     c_module: CModules = None,
     log_level: Level = LogLevel.INFO,
 ) -> None:
     """Run a whole service in the foreground: broker, worker host and their parent."""
-    own = [*_broker_options(run_dir, state_dir, tcp, spares, log_level), *_worker_options(sandbox, c_module)]
+    own = [
+        *_broker_options(run_dir, state_dir, tcp, spares, crash_records, log_level),
+        *_worker_options(sandbox, c_module),
+    ]
     _become("luacell.cli.serve", _run_dir(run_dir), *own)
 
 
@@ -64,10 +68,13 @@ def broker(
     state_dir: StateDir = None,
     tcp: Tcp = None,
     spares: Spares = 1,
+    crash_records: CrashRecords = True,
     log_level: Level = LogLevel.INFO,
 ) -> None:
     """Run a broker alone, as containers do."""
-    _become("luacell.broker", _run_dir(run_dir), *_broker_options(run_dir, state_dir, tcp, spares, log_level))
+    _become(
+        "luacell.broker", _run_dir(run_dir), *_broker_options(run_dir, state_dir, tcp, spares, crash_records, log_level)
+    )
 
 
 @app.command("worker-host")
@@ -98,9 +105,15 @@ def _state_dir(run_dir: Path | None, given: Path | None) -> Path:
 
 
 def _broker_options(
-    run_dir: Path | None, state_dir: Path | None, tcp: str | None, spares: int, log_level: LogLevel
+    run_dir: Path | None,
+    state_dir: Path | None,
+    tcp: str | None,
+    spares: int,
+    crash_records: bool,
+    log_level: LogLevel,
 ) -> list[str]:
     own = ["--state-dir", str(_state_dir(run_dir, state_dir)), "--spares", str(spares), "--log-level", log_level]
+    own += [] if crash_records else ["--no-crash-records"]
     return [*own, *(["--tcp", tcp] if tcp is not None else [])]
 
 

@@ -118,6 +118,13 @@ Tcp = Annotated[
         help="Where hosts without shared memory may connect; port 0 lets the system choose.",
     ),
 ]
+CrashRecords = Annotated[
+    bool,
+    typer.Option(
+        "--crash-records/--no-crash-records",
+        help="Keep the arguments of calls that crash their workers, in the state directory.",
+    ),
+]
 Level = Annotated[LogLevel, typer.Option("--log-level", help="The least grave records that are told.")]
 Spares = Annotated[int, typer.Option("--spares", min=0, max=SPARES_MAX, help="Blank workers to keep warm.")]
 Floor = Annotated[

@@ -173,6 +173,7 @@ class Parent:
         own = ["--spares", str(options.spares), "--ready-fd", str(report)]
         own += ["--state-dir", str(options.state_dir)] if options.state_dir else []
         own += ["--tcp", options.tcp] if options.tcp is not None else []
+        own += [] if options.crash_records else ["--no-crash-records"]
         return [*self._command("luacell.broker"), *own, *(["--ephemeral"] if options.ephemeral else [])]
 
     def _worker_host_command(self) -> list[str]:
@@ -327,6 +328,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--spares", type=int, default=1)
     parser.add_argument("--log-level", choices=LEVELS, default="info")
     parser.add_argument("--tcp", help="tcp://HOST:PORT on loopback for hosts without shared memory")
+    parser.add_argument("--no-crash-records", dest="crash_records", action="store_false")
     parser.add_argument("--sandbox", choices=SANDBOX_LEVELS, default=DEFAULT, help="what every contract gets at least")
     parser.add_argument("--c-module", action="append", default=[], help="a C module for hardened contracts")
     parser.add_argument("--host", type=int, help="pid of the host to end with")

@@ -14,6 +14,10 @@ STATE_DIRECTORY: Final = "state"  # in a run directory that was chosen without a
 REGISTRY_FILE: Final = "registry.db"
 STATE_LOCK_FILE: Final = "registry.lock"
 STATE_FILES: Final = (REGISTRY_FILE, f"{REGISTRY_FILE}-wal", f"{REGISTRY_FILE}-shm", STATE_LOCK_FILE)
+CRASHES_DIRECTORY: Final = "crashes"  # in a state directory; what it holds:
+CRASH_SUFFIX: Final = ".crash"  # calls, by id
+CRASH_SOURCES_SUFFIX: Final = ".sources"  # what they ran on, by digest
+CRASH_PARTIAL: Final = ".partial"  # the file that is being written
 EMBEDDED_PREFIX: Final = "luacell-"
 ENDPOINT_VARIABLE: Final = "LUACELL_ENDPOINT"
 
