@@ -243,7 +243,7 @@ class Auditor:
                 self._saw_save(worker)
             case model.RestoreState(worker, state):
                 self._saw_restore(worker, state)
-            case model.Record(_, event) if event.startswith("state "):
+            case model.Record(_, event) if event.startswith(("state ", "worker recycled", "worker not recycled")):
                 self.world.counts[event] += 1
             case model.KillWorker(worker):
                 self.note("kill", worker.id, worker.verdict)
@@ -266,6 +266,7 @@ class Auditor:
         self.demand(worker.id in self._loaded, truth, "goes to blank worker", worker.id)
         holds = sum(map(process.may_touch, process.held))
         self.demand(holds <= WINDOW_MAX, truth, "goes to worker", worker.id, "whose window is full")
+        self.demand(not worker.is_followed, truth, "goes to worker", worker.id, "which another follows")
         self.demand(not process.has_said_so, truth, "goes to worker", worker.id, "which must not be used again")
         self.demand(not truth.is_marked, truth, "had begun and is sent again")
         is_withdrawn = self.world.server.memory.slot_of(call).withdrawn >= call.sequence
@@ -512,7 +513,10 @@ class Auditor:
         count = len(contract.queue)
         self.demand(count <= QUEUE_MAX + WORKERS_MAX, title, "has", count, "calls queued")
         workers_max = 1 if contract.record.seats else contract.record.settings.workers
+        workers_max += contract.outgoing is not None
         self.demand(len(contract.workers) <= workers_max, title, "has too many workers")
+        is_there = contract.outgoing is None or contract.outgoing in contract.workers
+        self.demand(is_there, title, "is to have a worker followed that is none of it")
         self.demand(not (count and contract.idle), title, "has calls that wait and workers that do too")
         backs_off = contract.timer is not None and contract.retry_ns > 0
         is_served = contract.workers or contract in waiting or backs_off
@@ -527,7 +531,9 @@ class Auditor:
             starting += state is WorkerState.STARTING
             self.demand((worker.id in self._killed) == (state is WorkerState.DOOMED), "worker", worker.id, state)
             is_member = contract is not None and worker in contract.workers
-            serves = state not in (WorkerState.STARTING, WorkerState.BLANK, WorkerState.DOOMED)
+            serves = (
+                state not in (WorkerState.STARTING, WorkerState.BLANK, WorkerState.DOOMED) and not worker.is_followed
+            )
             self.demand(is_member == serves, "worker", worker.id, state, "is a member:", is_member)
             is_idle = contract is not None and worker in contract.idle
             self.demand(is_idle == (state is WorkerState.IDLE), "worker", worker.id, state, "is idle:", is_idle)

@@ -82,6 +82,7 @@ class Swarm:
     malice: float = 0.0
     registering: float = 0.0
     giving_back: float = 0.0
+    wearing: float = 0.0  # answers that say RECYCLE
     reloading: float = 0.0  # contracts that load, and take another's place
     call_gap_ns: int = 2 * NS_PER_MS
     kill_gap_ns: int = 0
@@ -115,6 +116,7 @@ class Swarm:
             burst=rng.choice((0, 0, 12)),
             hosts=rng.randrange(1, 5),
             spares=rng.randrange(0, 4),
+            wearing=rng.choice((0, 0, 0.01, 0.1)),
         )
 
     def without_faults(self) -> Swarm:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from luacell.broker import answers, carrying, deaths, dispatcher, handover, model
+from luacell.broker import answers, carrying, deaths, dispatcher, handover, model, recycling
 from luacell.broker.books import ARENA_BITS
 from luacell.broker.catalogue import Catalogue
 from luacell.broker.causes import Cause
@@ -113,6 +113,15 @@ def test_state_is_carried_over_and_at_times_lost() -> None:
     assert all(counts[key] > 0 for key in ("state carried over", "state not carried over", *CARRY_STEPS)), counts
 
 
+WEAR = Swarm(wearing=0.3, reloading=0.05, death=0.03, failing=0.05, hang=0.002, hosts=3, spares=3)
+
+
+def test_workers_are_recycled_with_deaths_at_every_step() -> None:
+    worlds = [simulate(seed, 4_000, WEAR) for seed in range(6)]
+    counts = sum((world.counts + world.auditor.deaths for world in worlds), Counter[str]())
+    assert all(counts[key] > 0 for key in {"worker recycled", "state carried over", *STEPS} - {"blank"}), counts
+
+
 # -- broken dispatchers -----------------------------------------------------------------------------------------
 # Each breaks one rule. What the simulation does not notice, it does not check.
 BREAKAGES: dict[str, Callable[[Patch], None]] = {}
@@ -162,8 +171,23 @@ def calls_behind_the_one_that_a_worker_is_killed_for_are_not_withdrawn(patch: Pa
     patch.setattr(Dispatcher, "_take_back", lambda self, calls: None)
 
 
+SWARMS["workers_that_are_followed_serve_on"] = WEAR
 SWARMS["calls_do_not_wait_for_state"] = RELOADS
 SWARMS["workers_that_were_to_save_are_not_missed"] = RELOADS
+
+
+@breakage
+def workers_that_are_followed_serve_on(patch: Patch) -> None:
+    relieve = recycling.relieve
+
+    def serve_on(contract: Contract, effects: Effects) -> Worker | None:
+        old, was_busy = contract.outgoing, contract.outgoing is not None and contract.outgoing.state is BUSY
+        idle = relieve(contract, effects)
+        if old is not None and was_busy and old.heir is None:
+            old.state = BUSY
+        return idle
+
+    patch.setattr(recycling, "relieve", serve_on)
 
 
 @breakage

@@ -16,6 +16,7 @@ from luacell.protocol.headers import (
     HAS_ARGS,
     HAS_OUT,
     NOT_BEGUN,
+    RECYCLE,
     RETIRE,
     SLOT_FREE,
     Call,
@@ -248,6 +249,7 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
         "out of memory, and a call that was not begun": [
             Done(10, 258, 0, 40, RETIRE),
             Done(11, 0, 0, 0, NOT_BEGUN),
+            Done(12, 0, 8, 0, RECYCLE),
         ],
     },
     Op.START: {"a worker": messages.Start(worker=3, routing_id=_ROUTING_ID)},

@@ -305,6 +305,7 @@ def test_worker_knows_the_same_numbers() -> None:
     expected = {
         "RETIRE": headers.RETIRE,
         "NOT_BEGUN": headers.NOT_BEGUN,
+        "RECYCLE": headers.RECYCLE,
         "HAS_ARGS": headers.HAS_ARGS,
         "HAS_OUT": headers.HAS_OUT,
         "PAYLOAD": PAYLOAD_OFFSET,

@@ -314,6 +314,7 @@ class Catalogue:
         """Let workers go: at once where they hold no call, else when it has ended."""
         for place in contract.places:
             place.retired = True
+            place.outgoing = None
             self._workforce.forget(place, now_ns, effects)
             self._stop_timer(place)
             carrying.disinherit(place)

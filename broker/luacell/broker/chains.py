@@ -57,9 +57,10 @@ def can_progress(contract: Contract) -> bool:
         if contract in seen:
             continue
         seen.add(contract)
-        if contract.may_have_more_workers:
+        heirs_wait_for = contract.inherits
+        if contract.may_have_more_workers and heirs_wait_for is None:
             return True
-        for worker in contract.workers:
+        for worker in contract.workers if heirs_wait_for is None else (heirs_wait_for,):
             queued = _end_of_waiting(worker)
             if queued is None:
                 return True

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from luacell.broker import answers, carrying, chains
+from luacell.broker import answers, carrying, chains, recycling
 from luacell.broker.books import ARENA_BITS, PairState, Refusal
 from luacell.broker.causes import NO_VITALS, Cause, Vitals
 from luacell.broker.deaths import crash_of, death_record
@@ -65,6 +65,7 @@ from luacell.broker.seats import seat_of
 from luacell.broker.timers import BUCKET_NS
 from luacell.broker.windows import SLOW_NS, measure, room_of, worker_with_room
 from luacell.protocol import headers
+from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.limits import (
     CARRY_LIMIT_NS,
     ERROR_TEXT_MAX,
@@ -394,6 +395,7 @@ class Dispatcher(Handover):
         self.workforce.loaded(worker)
         worker.saves, contract.restores = saves, restores
         self.catalogue.load_succeeded(contract, now_ns, effects)
+        self._relieve(contract, now_ns, effects)
         if carrying.must_wait(contract):
             worker.state = RESTORING
             self._hand_on(contract, now_ns, effects)
@@ -462,8 +464,12 @@ class Dispatcher(Handover):
         if worker.state is DOOMED:
             return effects
         if done.flags & headers.RETIRE:
-            self._dismiss(worker, RETIRED, now_ns, effects)
-        elif worker.call is None and not worker.finished:
+            verdict = RETIRED if done.code == AbiErrorCode.OUT_OF_MEMORY else recycling.WORN_OUT
+            self._dismiss(worker, verdict, now_ns, effects)
+            return effects
+        if done.flags & headers.RECYCLE:
+            self._recycle(worker, now_ns, effects)
+        if worker.call is None and not worker.finished:
             self._employ(worker, now_ns, effects)
         return effects
 

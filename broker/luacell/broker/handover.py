@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from luacell.broker import answers, carrying, chains
+from luacell.broker import answers, carrying, chains, recycling
 from luacell.broker.books import Books
 from luacell.broker.catalogue import Catalogue
 from luacell.broker.causes import HOST_LEAVES, NO_VITALS, SIGALRM, Cause, Vitals
@@ -90,7 +90,7 @@ class Handover:
     def _hand(self, worker: Worker, call: Call, now_ns: int, effects: list[Effect]) -> None:
         """Give a call to a worker that has nothing else to do."""
         contract = call.contract
-        worker.state = BUSY if len(contract.workers) <= contract.workers_max else LEAVING  # that one is for a while
+        worker.state = LEAVING if contract.has_too_many_workers else BUSY  # the former came for a while
         contract.called = True
         self._hold(worker, call)
         self._take_up(worker, call, now_ns)
@@ -142,7 +142,7 @@ class Handover:
         call = contract.queue.pop()
         if call is not None:
             self._hand(worker, call, now_ns, effects)
-        elif len(contract.workers) > contract.workers_max:
+        elif contract.has_too_many_workers:
             self._dismiss(worker, "the calls that it came for are done", now_ns, effects)
         else:
             worker.state = IDLE
@@ -474,6 +474,26 @@ class Handover:
         if heir is not None:
             self._employ(heir, now_ns, effects)
 
+    def _recycle(self, worker: Worker, now_ns: int, effects: list[Effect]) -> None:
+        """A worker is worn: get another that follows it, if there may be one."""
+        contract = worker.contract
+        if contract is None or not recycling.can_begin(worker):
+            return
+        if not self.workforce.is_full:
+            contract.outgoing = worker
+            self.catalogue.staff(contract, now_ns, effects)
+        elif not worker.is_worn_out:
+            worker.is_worn_out = True
+            effects.append(recycling.no_room(worker, contract, self.workforce.workers_max))
+
+    def _relieve(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
+        """A worker of the contract has loaded: let a worn one go."""
+        old = recycling.relieve(contract, effects)
+        if old is not None and old.heir is not None:
+            carrying.ask_to_save(old, now_ns, self._wheel, effects)
+        elif old is not None:
+            self._dismiss(old, recycling.VERDICT, now_ns, effects)
+
     def _load_failed(self, contract: Contract, problem: str, reason: str, now_ns: int, effects: list[Effect]) -> None:
         for call in self.catalogue.load_failed(contract, problem, reason, now_ns, effects):
             effects.append(answers.load_failure(call.session.id, call.header, contract, now_ns, slot="free"))
@@ -559,6 +579,8 @@ def worker_of(call: Call) -> Worker:
 
 
 def _why_it_leaves(worker: Worker, has_host: bool) -> str:
+    if worker.is_followed:
+        return recycling.VERDICT
     return "it came for one call" if has_host else HOST_LEAVES
 
 

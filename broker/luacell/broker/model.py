@@ -10,7 +10,7 @@ Plain state with questions about itself; all changes are made by the dispatcher 
              any state ──kill ordered──> DOOMED ──died──> gone                └─sent─^
              IDLE, BUSY ──to be followed by another──> SAVING ──saved──> DOOMED
              LOADING ──loaded, follows another──> RESTORING ──restored──> IDLE
-             BUSY ──its worker host leaves──> LEAVING ──done──> DOOMED
+             BUSY ──its worker host leaves, another follows──> LEAVING ──done──> DOOMED
              BUSY ──it calls a contract itself──> WAITING ──answered──> BUSY
 """
 
@@ -193,9 +193,10 @@ class Contract:
         restores: its implementation takes up the state of another one.
         inherits: the worker whose state the next worker of this contract is to have, until it is saved; see `carrying`.
         state: what that worker has saved, until a worker of this contract has taken it up.
-        workers: those that serve or load it, oldest first, without doomed ones.
+        workers: those that serve or load it, oldest first, without doomed ones and those that were followed.
         idle: a subset of `workers`, the most recently used last.
         workers_max: how many workers it may have.
+        outgoing: its worker that is to be followed by the next one that loads, or None; see `recycling`.
         extra: how many more it may have for a while, each for one call of a chain that would else wait for itself.
         window: calls that one worker may hold ahead, by how fast they are.
         pace_ns: how long a worker takes for a call while it is busy; 0 while that is not known.
@@ -229,6 +230,7 @@ class Contract:
     workers: dict[Worker, None] = field(default_factory=dict)
     idle: list[Worker] = field(default_factory=list)
     workers_max: int = 1
+    outgoing: Worker | None = None
     extra: int = 0
     window: int = 0
     pace_ns: int = 0
@@ -288,8 +290,20 @@ class Contract:
         """Whether calls, or its registration, wait for a worker that it may have and does not have yet."""
         if self.request is not None:
             return not self.workers
-        loading = sum(worker.state in (LOADING, RESTORING) for worker in self.workers)
+        loading = self._loading_count
+        if self.outgoing is not None and not loading:
+            return len(self.workers) <= self.workers_max + self.extra
         return len(self.queue) > loading and self.may_have_more_workers
+
+    @property
+    def _loading_count(self) -> int:
+        return sum(worker.state in (LOADING, RESTORING) for worker in self.workers)
+
+    @property
+    def has_too_many_workers(self) -> bool:
+        """Whether one of them has come for a while only; one that is to follow another has not."""
+        following = self._loading_count if self.outgoing is not None else 0
+        return len(self.workers) - following > self.workers_max
 
     @property
     def may_have_more_workers(self) -> bool:
@@ -322,6 +336,8 @@ class Worker:
         saves: its implementation can hand on its state.
         heir: the contract whose next worker is to have this one's state, until it is saved; see `carrying`.
         is_restoring: it was sent state and has not said that it has taken it up.
+        is_followed: another has taken its place: it ends what it holds; see `recycling`.
+        is_worn_out: it was to be recycled and could not be, which was said.
     """
 
     id: int
@@ -344,6 +360,8 @@ class Worker:
     saves: bool = False
     heir: Contract | None = None
     is_restoring: bool = False
+    is_followed: bool = False
+    is_worn_out: bool = False
     verdict: str = ""
     timer: int | None = None
     confinement: Confinement = UNGRANTED

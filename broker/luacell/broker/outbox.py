@@ -201,6 +201,8 @@ class Outbox:
             write=record.settings.write,
             network=record.settings.network,
             workers=record.settings.workers,
+            max_calls=record.settings.max_calls,
+            max_rss=record.settings.rss_limit,
         )
         self.tell(effect.worker.routing_id, load)
 

@@ -283,5 +283,7 @@ def _leave_contract(worker: Worker) -> None:
     if contract is None:
         return
     contract.workers.pop(worker, None)
+    if contract.outgoing is worker:
+        contract.outgoing = None
     if worker in contract.idle:
         contract.idle.remove(worker)

@@ -28,6 +28,7 @@ from luacell.protocol.limits import (
     KIB,
     LOG_LINES_DEFAULT,
     LOG_LINES_MAX,
+    MAX_CALLS_LIMIT,
     MEMORY_DEFAULT,
     MEMORY_MAX,
     MEMORY_MIN,
@@ -35,6 +36,8 @@ from luacell.protocol.limits import (
     OUTPUT_PER_CALL_MAX,
     QUEUE_LIMIT,
     QUEUE_MAX,
+    RSS_MAX,
+    RSS_MIN,
     SOURCE_MAX,
     WORKERS_PER_CONTRACT_MAX,
 )
@@ -58,6 +61,8 @@ _CONTRACT_KEYS: Final = (
     "max_in_flight",
     "max_output",
     "max_log_lines",
+    "max_calls",
+    "max_rss",
     "sandbox",
     "read",
     "write",
@@ -387,6 +392,8 @@ def _read_unit(directory: Path, manifest: _Manifest, name: str, values: object, 
         max_in_flight=table.integer("max_in_flight", CALLS_IN_FLIGHT_MAX, 1, CALLS_IN_FLIGHT_MAX),
         max_output=table.size("max_output", OUTPUT_PER_CALL_MAX, 0, OUTPUT_PER_CALL_MAX),
         max_log_lines=table.integer("max_log_lines", LOG_LINES_DEFAULT, 1, LOG_LINES_MAX),
+        max_calls=table.integer("max_calls", 0, 0, MAX_CALLS_LIMIT),
+        max_rss=table.size("max_rss", 0, RSS_MIN, RSS_MAX),
     )
     return Unit(ref, _read_source(directory, table), settings)
 

@@ -97,6 +97,7 @@ SLOT_FREE: Final = 1
 # flags of DONE
 RETIRE: Final = 1  # the worker must not be used again
 NOT_BEGUN: Final = 2  # the call was past its deadline or withdrawn, and was not run
+RECYCLE: Final = 4  # the worker has served its calls, or its memory is beyond its limit: another should follow it
 
 
 class Call(NamedTuple):

@@ -58,6 +58,13 @@ CARRY_LIMIT_NS: Final = 2 * NS_PER_S  # for saving state, and for restoring it; 
 MEMORY_DEFAULT: Final = 64 * MIB  # bytes a contract's Lua heap may use
 MEMORY_MIN: Final = 1 * MIB
 MEMORY_MAX: Final = 2048 * MIB
+MAX_CALLS_LIMIT: Final = (
+    2**31 - 1
+)  # the most that a contract may say of how often a worker serves before it is recycled
+RSS_MIN: Final = 64 * MIB  # bytes of a worker's own at which it is recycled: one that has just begun has about 20 MiB
+RSS_MAX: Final = 16_384 * MIB
+RSS_MARGIN: Final = 192 * MIB  # over a contract's `memory`, where it does not say: FFI's memory, C modules, the process
+RSS_HARD_FACTOR: Final = 2  # at so many times the limit a worker is not used any more, whether another follows or not
 
 # -- what contracts print ------------------------------------------------------------------------------------
 OUTPUT_PER_CALL_MAX: Final = 64 * KIB  # bytes that become records; the rest is counted

@@ -43,6 +43,7 @@ from luacell.protocol.limits import (
     HELD_CONTRACTS_MAX,
     LOG_LINES_DEFAULT,
     LOG_LINES_MAX,
+    MAX_CALLS_LIMIT,
     MEMORY_DEFAULT,
     MEMORY_MAX,
     MEMORY_MIN,
@@ -51,6 +52,8 @@ from luacell.protocol.limits import (
     PAYLOAD_MAX,
     QUEUE_LIMIT,
     QUEUE_MAX,
+    RSS_MARGIN,
+    RSS_MAX,
     SLOTS_PER_SEGMENT_MAX,
     SOURCE_MAX,
     STATE_MAX,
@@ -135,6 +138,8 @@ class Settings:
         max_in_flight: calls that one host may have in flight.
         max_output: bytes that a call prints which become records.
         max_log_lines: records a second.
+        max_calls: that a worker serves before another follows it; 0 is no bound.
+        max_rss: bytes of a worker's own memory at which another follows it; 0 is `memory` and RSS_MARGIN.
     """
 
     deadline_us: int = DEADLINE_DEFAULT_US
@@ -151,11 +156,18 @@ class Settings:
     max_in_flight: int = CALLS_IN_FLIGHT_MAX
     max_output: int = OUTPUT_PER_CALL_MAX
     max_log_lines: int = LOG_LINES_DEFAULT
+    max_calls: int = 0
+    max_rss: int = 0
 
     @property
     def confinement(self) -> Confinement:
         """How a worker of the contract is confined, as far as the contract has a say."""
         return Confinement(self.sandbox, self.read, self.write, self.network)
+
+    @property
+    def rss_limit(self) -> int:
+        """Bytes of a worker's own memory at which another follows it."""
+        return self.max_rss or self.memory + RSS_MARGIN
 
     def as_fields(self) -> dict[str, Any]:
         """Return the settings as fields of a message."""
@@ -209,6 +221,8 @@ class Register:
     max_in_flight: int = integer(1, CALLS_IN_FLIGHT_MAX, CALLS_IN_FLIGHT_MAX)
     max_output: int = integer(0, OUTPUT_PER_CALL_MAX, OUTPUT_PER_CALL_MAX)
     max_log_lines: int = integer(1, LOG_LINES_MAX, LOG_LINES_DEFAULT)
+    max_calls: int = integer(0, MAX_CALLS_LIMIT, 0)
+    max_rss: int = integer(0, RSS_MAX, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,6 +445,8 @@ class Load:
     Attributes:
         sandbox, read, write, network: how it is to be confined at least; a worker that is not refuses it.
         workers: how many the contract may have.
+        max_calls: after so many it says that another worker should follow it; 0: never.
+        max_rss: likewise, with so many bytes of memory of its own.
     """
 
     OP: ClassVar[Op] = Op.LOAD
@@ -445,6 +461,8 @@ class Load:
     write: str = text(GRANTS_TEXT_MAX, "")
     network: bool = boolean(False)
     workers: int = integer(1, WORKERS_PER_CONTRACT_MAX, 1)
+    max_calls: int = integer(0, MAX_CALLS_LIMIT, 0)
+    max_rss: int = integer(0, RSS_MAX, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,13 +89,21 @@ class WorkerProcess:
         channel: our end of the socketpair.
         sandbox: what has begun to confine this process.
         c_modules: paths of C modules that are loaded already, for contracts that cannot load any.
+        statm: descriptor of this process's /proc/self/statm; -1 where there is none.
     """
 
     def __init__(
-        self, broker_socket: Path, routing_id: bytes, channel: socket.socket, sandbox: Sandbox, c_modules: Sequence[str]
+        self,
+        broker_socket: Path,
+        routing_id: bytes,
+        channel: socket.socket,
+        sandbox: Sandbox,
+        c_modules: Sequence[str],
+        statm: int,
     ) -> None:
         self._sandbox = sandbox
         self._c_modules = c_modules
+        self._statm = statm
         self._channel = channel
         self._channel.settimeout(MAP_LIMIT_S)
         self._pairs: dict[tuple[int, int], tuple[Mapping, Mapping, int]] = {}  # args, out, stride of out
@@ -204,6 +212,7 @@ class WorkerProcess:
                     sandbox=self._sandbox.confinement.level,
                     c_modules=self._c_modules,
                 )
+                self._vm.limit_wear(load.max_calls, -(-load.max_rss // resource.getpagesize()), self._statm)
         except (ApiError, _ManySingletons) as error:
             problem, reason = "load", str(error)
         loaded = messages.Loaded(
@@ -334,16 +343,25 @@ def run_worker(
             os.dup2(pipe, descriptor)
         ruleset = preparation.ruleset
         _become_quiet(channel.fileno(), *(() if ruleset is None else (ruleset.descriptor,)))
+        statm = _open_statm()
         sandbox = Sandbox(preparation)
         sandbox.begin()
         preparation.close()
-        process = WorkerProcess(broker_socket, routing_id, channel, sandbox, c_modules)
+        process = WorkerProcess(broker_socket, routing_id, channel, sandbox, c_modules, statm)
         sandbox.finish()
         process.run()
     except (ChannelClosed, ProtocolError, OSError, ValueError, zmq.ZMQError, SandboxUnavailable) as error:
         os.write(2, f"luacell worker {os.getpid()}: {type(error).__name__}: {error}\n".encode())
     finally:
         os._exit(EXIT_BROKEN)
+
+
+def _open_statm() -> int:
+    """Return a descriptor that tells of this process's memory, later too when no file can be opened; -1 for none."""
+    try:
+        return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
 
 
 def _become_quiet(*kept: int) -> None:

@@ -54,6 +54,7 @@ class Vm:
         self.add_pair: Any = self._runtime.add_pair
         self.remove_pair: Any = self._runtime.remove_pair
         self.forget: Any = self._runtime.forget
+        self.limit_wear: Any = self._runtime.limit_wear
         self._typed: Any = None
 
     def make_loop(self, *arguments: object) -> Any:

@@ -11,7 +11,7 @@ local cast, copy, fill, C = ffi.cast, ffi.copy, ffi.fill, ffi.C
 local band, rshift = bit.band, bit.rshift
 local xpcall, pcall, type, tostring, tonumber, error = xpcall, pcall, type, tostring, tonumber, error
 local sub, find, traceback, floor, stderr = string.sub, string.find, debug.traceback, math.floor, io.stderr
-local max = math.max
+local min, max = math.min, math.max
 local setmetatable = setmetatable
 
 ffi.cdef [[
@@ -29,10 +29,11 @@ int luacell_clock(int, luacell_timespec *) __asm__("clock_gettime");
 int luacell_timer(int, const luacell_itimer *, void *) __asm__("setitimer");
 int luacell_lock(luacell_mutex *) __asm__("pthread_mutex_lock");
 int luacell_unlock(luacell_mutex *) __asm__("pthread_mutex_unlock");
+int64_t luacell_read_at(int, void *, size_t, int64_t) __asm__("pread");
 ]]
 
 local OK, STALE_HANDLE, CALL_FAILED, OUT_OF_MEMORY, BAD_REQUEST = 0, 5, 102, 258, 263
-local RETIRE, NOT_BEGUN = 1, 2
+local RETIRE, NOT_BEGUN, RECYCLE = 1, 2, 4
 local HAS_ARGS, HAS_OUT = 1, 2
 local PAYLOAD, WITHDRAWN = 128, 64
 local ERROR_TEXT_MAX = 4096 -- bytes
@@ -43,6 +44,9 @@ local TIMER_STEP_NS = 1e8 -- and is set anew only when it moves by more than thi
 local FORGET_LIMIT_S = 1 -- for what a typed contract does when a host is gone
 local CLOCK_MONOTONIC, CLOCK_PROCESS_CPUTIME_ID, ITIMER_REAL = 1, 2, 0
 local CPU_STEP_NS = 1e7 -- the process's CPU time is read anew after this long: a call's is told no finer
+local LOOK_CALLS, LOOK_NS = 64, 1e7 -- between two looks at how worn this process is, whichever comes first
+local RSS_HARD_FACTOR = 2 -- at so many times its limit the process must not be used any more
+local STATM_SIZE = 128
 local CONTRACT_CODE_MIN, CODE_MAX = 1024, 4294967295
 
 local records, answers
@@ -55,6 +59,10 @@ local running = false -- id of the function that it runs, while there is one
 local began_ns, limit_ns, waited_ns = 0, 0, 0 -- of it; waiting for calls of its own is no running
 local timer_ns = 0 -- when the timer fires; 0: not set
 local cpu_us, cpu_read_ns = 0, 0 -- CPU time of this process, and when it was that
+local max_calls, max_pages = 0, 0 -- at which another worker should follow this one; 0: never
+local statm = -1 -- descriptor of /proc/self/statm
+local served, granted, calls_left = 0, 0, 0 -- calls until the last look; after it, until the next one
+local look_ns = 0 -- when there is one in any case
 local handled -- whether the handler saw the error: LuaJIT does not call it when memory is out
 local chosen_code -- by the luacell.fail that ended the call
 local failures = setmetatable({}, { __mode = "k" }) -- code and text by what luacell.fail raises; contracts cannot alter them
@@ -63,6 +71,7 @@ local warned = false
 local now = ffi.new("luacell_timespec")
 local timer = ffi.new("luacell_itimer")
 local fence = ffi.new("luacell_mutex")
+local statm_text = ffi.new("uint8_t[?]", STATM_SIZE)
 
 local function clock_ns()
   C.luacell_clock(CLOCK_MONOTONIC, now)
@@ -170,6 +179,34 @@ local function end_waiting(since_ns)
   set_timer(max(timer_ns - at_ns, 1000))
 end
 
+-- Pages that this process holds for itself, which those of arenas and libraries are not; 0 where that is not known.
+local function own_pages()
+  local length = tonumber(C.luacell_read_at(statm, statm_text, STATM_SIZE, 0))
+  local field, value, resident = 1, 0, 0
+  for index = 0, length - 1 do
+    local digit = statm_text[index] - 48
+    if digit >= 0 and digit <= 9 then
+      value = value * 10 + digit
+    elseif field == 3 then
+      return resident - value
+    else
+      resident, field, value = value, field + 1, 0
+    end
+  end
+  return 0
+end
+
+-- Look at how worn this process is; returns what the answer is to say of it.
+local function look_at_wear(at_ns)
+  served = served + granted - calls_left
+  granted = served < max_calls and min(LOOK_CALLS, max_calls - served) or LOOK_CALLS
+  calls_left, look_ns = granted, at_ns + LOOK_NS
+  local pages = max_pages > 0 and own_pages() or 0
+  if pages > 0 and pages >= RSS_HARD_FACTOR * max_pages then return RETIRE end
+  local is_worn = (max_calls > 0 and served >= max_calls) or (pages > 0 and pages >= max_pages)
+  return is_worn and RECYCLE or 0
+end
+
 -- Seconds that the running call has left; negative when it is past its deadline.
 local function deadline()
   return (deadline_ns - clock_ns()) / 1e9
@@ -253,21 +290,23 @@ local function execute(index, place)
   local fine, result
   if is_typed then
     fine, result = xpcall(target, handler, record.fn_id, args, out, args_size, out_size, record.arena)
-    running = false
-    if fine then
-      finish(answer, out_slot, sequence, OK, result, nil, 0)
-      return 0
-    end
   else
     fine, result = xpcall(target, handler, record.fn_id, args, out)
-    running = false
+    if fine then
+      if result ~= nil and not warned then warn_of_result(result) end
+      result = out_size
+    end
   end
+  running = false
+  local wear = 0
+  calls_left = calls_left - 1
+  if calls_left <= 0 or at_ns >= look_ns then wear = look_at_wear(at_ns) end
   if fine then
-    if result ~= nil and not warned then warn_of_result(result) end
-    finish(answer, out_slot, sequence, OK, out_size, nil, 0)
-    return 0
+    finish(answer, out_slot, sequence, OK, result, nil, wear)
+    return wear
   end
   local code, text, verdict = judged(result)
+  if verdict == 0 then verdict = wear end
   finish(answer, out_slot, sequence, code, 0, text, verdict)
   return verdict
 end
@@ -297,6 +336,8 @@ return {
     forget_arena(arena)
     disarm()
   end,
+  -- Bound how long this process is used: calls, 0 for no bound; pages, 0 likewise, as a descriptor tells them.
+  limit_wear = function(calls, pages, descriptor) max_calls, max_pages, statm = calls, pages, descriptor end,
   set_target = function(callable) target = callable end,
   set_typed_target = function(callable, forget)
     target, is_typed, forget_arena = callable, true, forget
