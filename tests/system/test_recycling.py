@@ -11,7 +11,7 @@ from tests.support.contracts import COUNTER, PROBE, deploy, unregister_all
 from tests.support.serving import Serving
 from tests.support.waiting import eventually
 
-# Leaks so much a call that the answer of each look at a worker's memory is known within a few per cent.
+# Leaks as many bytes as its function id says.
 LEAK = """
 local ffi = require("ffi")
 ffi.cdef "void *malloc(size_t); void *memset(void *, int, size_t);"
@@ -20,6 +20,7 @@ return function(fn_id, args, out)
 end
 """
 LEAKED = 10 * 1024  # bytes a call, as in C98
+RSS = 96 << 20
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +54,17 @@ def test_p14_recycling_under_load_fails_no_call(service: Serving, bridge: LuaHos
     assert 50 <= highest <= 80
     records = service.records("worker recycled", contract=name)
     assert {each["limit"] for each in records} == {"max_calls 50"}
+
+
+def test_c98_a_contract_that_leaks_through_ffi_is_recycled_at_its_memory(
+    service: Serving, bridge: LuaHostBridge
+) -> None:
+    """10 KB a call for 15,000 calls are 150 MB, which is one worker's share and most of another's."""
+    name = "host.leak@1"
+    deploy(bridge, LEAK, name, max_rss=f"{RSS >> 20}MiB", stateless=True)
+    for _ in range(15_000):
+        bridge.call(name, LEAKED)
+    records = service.records("worker recycled", contract=name)
+    assert [each["limit"] for each in records] == ["max_rss"]
+    leaked = records[0]["served"] * LEAKED
+    assert 0.7 * RSS < leaked < 1.1 * RSS  # a fresh worker has some 15 MiB of its own
