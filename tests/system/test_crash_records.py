@@ -23,7 +23,7 @@ from luacell.client import (
     Unavailable,
 )
 from luacell.protocol.limits import CRASH_ARGS_MAX, MIB
-from luacell.protocol.paths import CRASHES_DIRECTORY
+from luacell.protocol.paths import CRASHES_DIRECTORY, STATE_DIRECTORY
 from tests.support.contracts import CRASHED, DEADLINE, HEALTHY, NO_MEMORY, PROBE, deploy, failure, function
 from tests.support.processes import Process, broker_pid
 from tests.support.serving import Serving
@@ -163,6 +163,17 @@ def test_nothing_is_kept_where_that_is_switched_off(tmp_path: Path, state: Path)
             failure(bridge, PROBE, SEGFAULT)
             assert bridge.crashes() == []
         assert not (state / CRASHES_DIRECTORY).exists()
+
+
+def test_what_a_service_of_a_while_has_recorded_goes_with_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Serving(run, "--ephemeral") as serving:
+        with LuaHostBridge.connect(run) as bridge:
+            deploy(bridge, DEADLY)
+            crashed(bridge, PROBE, SEGFAULT)
+        assert len(files(run / STATE_DIRECTORY)) == 2
+        serving.stop()
+    assert not run.exists()
 
 
 def test_nobody_else_reads_what_a_scratch_vm_died_of(bridge: LuaHostBridge) -> None:
