@@ -6,7 +6,6 @@ is left. Killed with the parent, the service is started again as an init system 
 
 from __future__ import annotations
 
-import os
 import random
 import tempfile
 import threading
@@ -19,20 +18,12 @@ from pathlib import Path
 from luacell.client import LuacellError, LuaFunction, LuaHostBridge
 from tests.soak.history import History, percentiles
 from tests.soak.load import Load, double_after
+from tests.soak.remains import GONE_WITHIN_S, holdings, remains
 from tests.soak.report import Report
 from tests.support.contracts import DOUBLE, answers, deploy
-from tests.support.processes import (
-    Process,
-    Processes,
-    children_of,
-    descriptors_of,
-    mappings_of,
-    processes_with,
-    thread_count,
-    workers_of,
-)
+from tests.support.processes import Process, Processes, workers_of
 from tests.support.serving import Serving
-from tests.support.waiting import eventually, settles
+from tests.support.waiting import eventually
 
 VICTIMS = ("worker", "worker host", "broker", "parent")
 HOSTS, THREADS, RATE = 4, 4, 200.0
@@ -40,7 +31,6 @@ CALLED, OTHERS = 4, 16  # contracts
 SPINS = 200_000  # half a millisecond or so
 ERRORS = ("WorkerCrashed", "Unavailable")
 BACK_WITHIN_S = 1.0
-GONE_WITHIN_S = 2.0
 PAUSES_S = (0.02, 0.3)  # between a recovery and the next kill
 OPTIONS = ("--max-restarts", "1000000")
 
@@ -67,7 +57,7 @@ class Kills:
         self._violations: list[str] = []
 
     def run(self, rounds: int) -> Report:
-        before = _holdings()
+        before = holdings()
         self._serving = Serving(self._run_directory, *OPTIONS)
         try:
             with LuaHostBridge.connect(self._run_directory) as control:
@@ -83,7 +73,7 @@ class Kills:
         finally:
             self._serving.stop()
         self._violations += self._history.violations()
-        self._check_nothing_left(before)
+        self._violations += remains(self._run_directory, before)
         return self._report(rounds, lasted_s)
 
     def _register(self, bridge: LuaHostBridge) -> None:
@@ -163,16 +153,6 @@ class Kills:
             if not answers(self._control, name):
                 self._violations.append(f"{name} does not answer any more")
 
-    def _check_nothing_left(self, before: tuple[object, ...]) -> None:
-        try:
-            settles(lambda: len(processes_with(self._run_directory)), 0, "all processes have ended", GONE_WITHIN_S)
-            settles(_holdings, before, "descriptors, threads, mappings and children are as before")
-        except AssertionError as error:
-            self._violations.append(f"something is left: {error}")
-        unwanted = _files_of(self._run_directory) - _files_after_a_quiet_run()
-        if unwanted:
-            self._violations.append(f"files {sorted(unwanted)} are left in the run directory")
-
     def _report(self, rounds: int, lasted_s: float) -> Report:
         for victim in ("broker", "worker host"):
             late = [each for each in self._recoveries_s[victim] if each >= self._back_within_s]
@@ -198,24 +178,6 @@ def _counted(outcomes: Counter[str]) -> str:
 def _survivors(doomed: Sequence[Process]) -> list[Process]:
     give_up_s = time.monotonic() + GONE_WITHIN_S
     return [process for process in doomed if not process.ends_within(max(0.0, give_up_s - time.monotonic()))]
-
-
-def _holdings() -> tuple[object, ...]:
-    return descriptors_of(), thread_count(), mappings_of(), len(children_of(os.getpid()))
-
-
-def _files_of(run_directory: Path) -> set[str]:
-    return {str(path.relative_to(run_directory)) for path in run_directory.rglob("*")}
-
-
-def _files_after_a_quiet_run() -> set[str]:
-    """Return what a service that nothing has happened to leaves in its run directory: its registry and its lock."""
-    with tempfile.TemporaryDirectory(prefix="quiet-") as directory:
-        run_directory = Path(directory) / "run"
-        run_directory.mkdir(mode=0o700)
-        with Serving(run_directory) as serving:
-            serving.processes().close()
-        return _files_of(run_directory)
 
 
 def run(seed: int, rounds: int = 50, back_within_s: float = BACK_WITHIN_S) -> Report:

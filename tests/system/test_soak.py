@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.soak import crashes, crowds, kills, million
+from tests.soak import chaos, crashes, crowds, kills, million
 from tests.soak.history import GRACE_S, VALUE, WRONG, End, History
 from tests.soak.report import Report
 
@@ -25,6 +25,10 @@ def test_calls_handed_ahead_to_workers_that_crash() -> None:
 
 def test_crowds_get_their_own_answers_while_workers_are_killed() -> None:
     crowds.run(SEED, lasts_s=0.6).check()
+
+
+def test_chaos_leaves_every_call_with_one_right_answer() -> None:
+    chaos.run(SEED, lasts_s=3.0, copies=1).check()
 
 
 def test_many_calls_leave_memory_and_descriptors_as_they_are() -> None:
