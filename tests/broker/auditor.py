@@ -18,6 +18,7 @@ from luacell.broker.dispatcher import Dispatcher
 from luacell.broker.handover import ATTEMPTS_MAX, KILL_AFTER_NS
 from luacell.broker.model import CallState, Effect, Request, WorkerState
 from luacell.broker.registry import ContractRecord
+from luacell.broker.starts import COST_NS
 from luacell.broker.timers import BUCKET_NS
 from luacell.broker.workforce import backoff_ns
 from luacell.protocol.errors import AbiErrorCode
@@ -40,6 +41,7 @@ CALLS_IN_FLIGHT_MAX = 14
 CRASHES_MAX = 3
 WORKERS_MAX = 12
 STARTS_AT_ONCE_MAX = 3
+STARTS_BURST = 12
 START_LIMIT_NS = LOAD_LIMIT_NS = 200 * NS_PER_MS
 REGISTRATION_LIMIT_NS = 600 * NS_PER_MS
 
@@ -94,6 +96,7 @@ class Auditor:
         self.answers: Counter[str] = Counter()
         self.last: deque[tuple[Any, ...]] = deque(maxlen=60)
         self._number = 0
+        self._starts_ns = 0  # when the last start is paid for
         self._by_number: dict[int, Truth] = {}
         self._by_call: dict[model.Call, Truth] = {}
         self._by_id: dict[tuple[bytes, int], Truth] = {}
@@ -233,6 +236,8 @@ class Auditor:
                 self.note("reply", request, kind)
                 self.demand(request in self._requests, "a request was answered twice")
                 del self._requests[request]
+            case model.StartWorker():
+                self._saw_start()
             case model.LoadWorker(worker):
                 self.note("load", worker.id, effect.record.source)
                 is_blank = worker.id not in self._killed and worker.id not in self._loaded
@@ -281,6 +286,12 @@ class Auditor:
             self.demand(not is_touched, truth, "is sent again while worker", earlier, "may touch its slot")
         truth.workers.append(worker.id)
         truth.run_out_ns = self.world.schedule.now_ns + call.contract.run_limit_ns
+
+    def _saw_start(self) -> None:
+        """Starts have a pace."""
+        now_ns = self.world.schedule.now_ns
+        self._starts_ns = max(self._starts_ns, now_ns) + COST_NS
+        self.demand(self._starts_ns - now_ns <= STARTS_BURST * COST_NS, "more starts than their pace allows")
 
     def _saw_save(self, worker: model.Worker) -> None:
         """A worker saves once, after its last call."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 from random import Random
 from types import ModuleType
 
-from luacell.broker import answers, catalogue, model, quarantine, windows, workforce
+from luacell.broker import answers, catalogue, model, quarantine, starts, windows, workforce
 from luacell.broker.causes import SIGKILL, Cause
 from luacell.protocol.limits import NS_PER_MS, NS_PER_S, NS_PER_US
 from tests.broker import auditor
@@ -47,6 +47,7 @@ SMALL_BOUNDS: tuple[tuple[ModuleType, str, int], ...] = (
     (workforce, "STARTS_AT_ONCE_MAX", auditor.STARTS_AT_ONCE_MAX),
     (workforce, "START_LIMIT_NS", auditor.START_LIMIT_NS),
     (workforce, "LOAD_LIMIT_NS", auditor.LOAD_LIMIT_NS),
+    (starts, "BURST", auditor.STARTS_BURST),
     (catalogue, "REGISTRATION_LIMIT_NS", auditor.REGISTRATION_LIMIT_NS),
     (catalogue, "UNCALLED_NS", 300 * NS_PER_MS),
     (catalogue, "CONTRACTS_MAX", len(CONTRACTS) - 1),

@@ -27,6 +27,7 @@ from luacell.broker.model import (
     SendResult,
     Worker,
 )
+from luacell.broker.starts import StartBudget
 from luacell.broker.timers import TimerWheel
 from luacell.broker.workforce import Workforce
 from luacell.protocol import headers
@@ -169,6 +170,11 @@ def a_call_that_had_begun_is_sent_again(patch: Patch) -> None:
 @breakage
 def calls_behind_the_one_that_a_worker_is_killed_for_are_not_withdrawn(patch: Patch) -> None:
     patch.setattr(Dispatcher, "_take_back", lambda self, calls: None)
+
+
+@breakage
+def starts_have_no_pace(patch: Patch) -> None:
+    patch.setattr(StartBudget, "take", lambda self, now_ns: None)
 
 
 SWARMS["workers_that_are_followed_serve_on"] = WEAR

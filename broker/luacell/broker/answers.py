@@ -12,6 +12,7 @@ from luacell.broker.books import Refusal
 from luacell.broker.causes import NO_VITALS, SIGKILL, UNKNOWN, Cause, Vitals
 from luacell.broker.model import Call, Contract, SendFailure, Session
 from luacell.broker.quarantine import CRASHES_MAX, PERIOD_NS
+from luacell.broker.starts import RATE
 from luacell.protocol import headers
 from luacell.protocol.errors import AbiErrorCode, Began
 from luacell.protocol.identity import format_id
@@ -126,6 +127,16 @@ def no_worker(contract: Contract, workers_max: int) -> Refusal:
     limit = f"workers: {workers_max}"
     text = f"{contract.record.title}: the bound on {limit} is reached; retry later, unregister what is not needed"
     return Refusal(AbiErrorCode.BUSY, text, limit, RETRY_UNKNOWN_S)
+
+
+def starts_wait(contract: Contract, wait_ns: int) -> Refusal:
+    """A contract's queue is full, and its worker waits for its turn to be started: many have crashed."""
+    limit, retry_after = f"worker starts: {RATE} a second", _bounded(wait_ns / NS_PER_S)
+    text = (
+        f"{contract.record.title}: the bound on {limit} is reached, over all contracts, and with it "
+        f"{_queue_limit(contract)}; retry in about {retry_after:.3g} s"
+    )
+    return Refusal(AbiErrorCode.BUSY, text, limit, retry_after)
 
 
 def shutting_down(header: headers.Call) -> Refusal:

@@ -193,7 +193,9 @@ class Dispatcher(Handover):
         in_flight = 0
         if len(session.calls) >= contract.in_flight_max:
             in_flight = self._books.in_flight(session.id, contract.record.id)
-        return answers.over_bound(session, contract, in_flight)
+        refusal = answers.over_bound(session, contract, in_flight)
+        wait_ns = 0 if refusal is None else self.workforce.start_wait_ns(contract, now_ns)
+        return answers.starts_wait(contract, wait_ns) if wait_ns and contract.queue.is_full else refusal
 
     def _displace(self, contract: Contract, session: Session, now_ns: int, effects: list[Effect]) -> None:
         """Make room in a full queue for a call of `session`: a host with many calls must not keep others out."""

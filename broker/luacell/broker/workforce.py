@@ -28,6 +28,7 @@ from luacell.broker.model import (
     Subject,
     Worker,
 )
+from luacell.broker.starts import COST_NS, StartBudget
 from luacell.broker.timers import TimerWheel
 from luacell.protocol.confinement import DEFAULT, Confinement, Layer, stricter
 from luacell.protocol.limits import LOAD_LIMIT_NS, NS_PER_MS, NS_PER_S, START_LIMIT_NS, WORKERS_MAX
@@ -67,6 +68,8 @@ class Workforce:
         self._last_id = 0
         self._start_failures = 0
         self._retry_ns = 0
+        self._paced_until_ns = 0  # starts that are missing are ordered then, one at least
+        self.starts = StartBudget()
         self.by_id: dict[int, Worker] = {}
         self.by_routing_id: dict[bytes, Worker] = {}
         self.blank: deque[Worker] = deque()
@@ -108,12 +111,27 @@ class Workforce:
         room = min(self.workers_max - len(self.by_id), STARTS_AT_ONCE_MAX - self.starting_count)
         if missing and self.waiting and self.blank and len(self.by_id) >= self.workers_max:
             self._make_room(now_ns, effects)
-        for confinement in missing[: max(room, 0)]:
+        for confinement in missing[: self._paced(max(min(room, len(missing)), 0), now_ns)]:
+            self.starts.take(now_ns)
             self._last_id += 1
             worker = Worker(self._last_id, self._new_routing_id(), confinement=confinement)
             worker.timer = self._wheel.set(now_ns + START_LIMIT_NS, worker)
             self.by_id[worker.id] = self.by_routing_id[worker.routing_id] = worker
             effects.append(StartWorker(worker))
+
+    def _paced(self, count: int, now_ns: int) -> int:
+        """Return how many of so many starts may be ordered now; `replenish` is called for the others."""
+        available = self.starts.available(now_ns)
+        if count > available and now_ns >= self._paced_until_ns:
+            self._paced_until_ns = max(self.starts.next_ns(now_ns), now_ns + COST_NS)
+            self._wheel.set(self._paced_until_ns, self)
+        return min(count, available)
+
+    def start_wait_ns(self, contract: Contract, now_ns: int) -> int:
+        """Return for how long a contract waits for a worker because of the pace of starts, about; 0: not for that."""
+        if contract not in self.waiting or self.starts.available(now_ns):
+            return 0
+        return self.starts.next_ns(now_ns) - now_ns + list(self.waiting).index(contract) * COST_NS
 
     def _make_room(self, now_ns: int, effects: list[Effect]) -> None:
         """Let a spare go for a worker that is confined otherwise, unless another's place becomes free anyway."""
