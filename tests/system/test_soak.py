@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import pytest
 
 from tests.soak import chaos, crashes, crowds, kills, million
+from tests.soak.chaos import Host
 from tests.soak.history import GRACE_S, VALUE, WRONG, End, History
 from tests.soak.report import Report
 
@@ -80,3 +83,38 @@ def test_report_with_a_violation_is_a_failure() -> None:
     Report("a run", {"calls": "1"}, []).check()
     with pytest.raises(AssertionError, match="violations = 1; calls: 1\ncall 0 was lost"):
         Report("a run", {"calls": "1"}, ["call 0 was lost"]).check()
+
+
+# -- the checker of chaos ----
+def heard(*lines: str) -> Host:
+    """Return what is known of a host that has told these lines."""
+    told = "".join("\t".join(line.split(" ", 4)) + "\n" for line in lines)
+    host = Host(subprocess.Popen([sys.executable, "-c", f"print({told!r}, end='')"], stdout=subprocess.PIPE))
+    host.hear()
+    host.process.communicate()
+    return host
+
+
+SENT = "sent 0 host.healthy0@1 10.0 2.0"
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        pytest.param([SENT], "was answered 0 times", id="lost"),
+        pytest.param([SENT, *["ended 0 value 10.1"] * 2], "was answered 2 times", id="second answer"),
+        pytest.param([SENT, "ended 0 OutOfMemory 10.1"], "ended with OutOfMemory after 0.100 s", id="another's code"),
+        pytest.param([SENT, "ended 0 value 12.6"], "ended 0.600 s after its deadline, with value", id="late"),
+    ],
+)
+def test_chaos_sees_what_is_against_the_promises(lines: list[str], words: str) -> None:
+    (fault,) = heard(*lines).faults(slack_s=0.1)
+    assert words in fault
+
+
+def test_chaos_forgives_what_the_death_or_the_stop_of_the_host_explains() -> None:
+    killed = heard(SENT)
+    killed.is_killed = True
+    stopped = heard(SENT, "ended 0 value 12.6")
+    stopped.stops.append((11.0, 11.4))
+    assert killed.faults(slack_s=0.1) == stopped.faults(slack_s=0.1) == []
