@@ -25,7 +25,12 @@ PARTS: Final[Mapping[str, tuple[Row, ...]]] = {
 ROWS: Final[Mapping[str, Row]] = {row.id: row for rows in PARTS.values() for row in rows}
 
 # Where its tests are: what is about the service as a whole stands with the other tests of that.
-PLACES: Final = ("tests/faults", "tests/system/test_supervision.py", "tests/system/test_drain.py")
+PLACES: Final = (
+    "tests/faults",
+    "tests/system/test_bad_input.py",
+    "tests/system/test_drain.py",
+    "tests/system/test_supervision.py",
+)
 
 _ID: Final = re.compile(r"[A-Z]\d+[a-z]?|E")
 

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 from luacell.client import LuaFunction, LuaHostBridge, Unavailable
+from luacell.protocol import messages
+from luacell.protocol.headers import HAS_ARGS, HAS_OUT
+from luacell.protocol.messages import encode
 from luacell.protocol.paths import BROKER_SOCKET, BROKER_SOCKET_ASIDE
-from tests.support.contracts import DOUBLE, HEALTHY, answers
+from tests.soak import strangers
+from tests.support.contracts import DOUBLE, HEALTHY, PROBE, Stopwatch, answers, deploy, function
+from tests.support.peers import InlinePeer, Peer
 from tests.support.processes import broker_pid
 from tests.support.serving import Serving
 from tests.support.strangers import Strangers
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, settles
 
 ROOT = Path(__file__).parents[2]
 DESCRIPTORS = 1024
 FEW_DESCRIPTORS = ("prlimit", f"--nofile={DESCRIPTORS}")
 FRAMES = 1_000_000
+SILENT = 1500
+QUEUE = 16
+BOTH = HAS_ARGS | HAS_OUT
+SLOW_DOUBLE = function("""
+  for _ = 1, 300000 do args = args end -- a millisecond or so
+  ffi.cast("int32_t *", out)[0] = 2 * ffi.cast("int32_t *", args)[0]
+""")
 
 
 def can_connect(run_directory: Path | str) -> bool:
@@ -31,6 +44,95 @@ def can_connect(run_directory: Path | str) -> bool:
             return answers(another, HEALTHY)
     except Unavailable:
         return False
+
+
+def times_ms(bridge: LuaHostBridge, contract: str, number: int) -> list[float]:
+    """Call one time after the other, check the answers, and return how long each took."""
+    took_ms = []
+    for value in range(number):
+        with Stopwatch() as stopwatch:
+            assert answers(bridge, contract, value)
+        took_ms.append(stopwatch.seconds * 1000)
+    return took_ms
+
+
+def p99(times: list[float]) -> float:
+    return sorted(times)[len(times) * 99 // 100]
+
+
+@pytest.mark.usefixtures("load")
+def test_z10_host_that_is_killed_with_a_thousand_calls_queued_leaves_nothing_behind(
+    bridge: LuaHostBridge, directory: str
+) -> None:
+    deploy(bridge, function("while fn_id == 1 do end"), deadline="30s", run_limit="1s", max_queue=1024)
+    assert bridge.call(PROBE, 0) == b""
+    before = bridge.health()["memory_bytes"]
+    command = [sys.executable, "-m", "tests.support.crowd", directory, PROBE, "1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as crowd:
+        assert crowd.stdout is not None
+        assert crowd.stdout.readline() == b"ready\n"
+        assert bridge.health()["queued"] > 900
+        crowd.kill()
+        with Stopwatch() as stopwatch:
+            settles(lambda: bridge.health()["queued"], 0, "its queue is dropped")
+            settles(lambda: bridge.health()["slots_in_flight"], 0, "its slots are free")
+            settles(lambda: bridge.health()["memory_bytes"], before, "its memory is given back")
+    print(f"Z10: all is back after {stopwatch.seconds:.2f} s")
+    assert bridge.health()["hosts"] == 1
+    assert bridge.call(PROBE, 0) == b""
+
+
+@pytest.mark.usefixtures("load")
+def test_z12_flood_of_one_host_is_busy_for_it_and_others_are_answered(bridge: LuaHostBridge, directory: str) -> None:
+    deploy(bridge, SLOW_DOUBLE, stateless=True, max_queue=QUEUE)
+    at_first = {name: times_ms(bridge, name, 300) for name in (HEALTHY, PROBE)}
+    command = [sys.executable, "-m", "tests.support.flood", directory, PROBE, str(10 * QUEUE)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as flood:
+        assert flood.stdin is not None and flood.stdout is not None
+        assert flood.stdout.readline() == "flooding\n"
+        under_flood = {HEALTHY: times_ms(bridge, HEALTHY, 300), PROBE: times_ms(bridge, PROBE, 50)}
+        flood.stdin.close()
+        outcomes = json.loads(flood.stdout.readline())
+    for name, took_ms in under_flood.items():
+        before, now = at_first[name], took_ms
+        print(
+            f"Z12: {name}: p50 {median(before):.2f} -> {median(now):.2f} ms, p99 {p99(before):.1f} -> {p99(now):.1f} ms"
+        )
+    assert set(outcomes) == {"ok", "Busy"}
+
+
+@pytest.mark.usefixtures("load")
+def test_z13_silent_connections_are_dropped_and_leave_no_memory(bridge: LuaHostBridge, directory: str) -> None:
+    broker = broker_pid(bridge)
+    at_first = strangers.wave(directory, broker, SILENT, patient=False)
+    at_last = strangers.wave(directory, broker, SILENT, patient=True)
+    print(f"Z13: the broker has {at_first} KiB after {SILENT} connections, {at_last} KiB after as many more")
+    assert at_last - at_first < strangers.GROWTH_MAX_KIB
+    assert can_connect(directory)
+
+
+@pytest.mark.usefixtures("load")
+def test_z21_answers_reach_who_has_a_routing_id_first(bridge: LuaHostBridge, directory: str) -> None:
+    contract_id = next(each.id for each in bridge.contracts())
+    with Peer(directory) as peer:
+        grant = peer.lease(contract_id)
+        second = peer.connect(peer.routing_id)
+        good = {"contract_id": contract_id, "arena": grant.arena, "flags": BOTH, "args_size": 4, "out_size": 4}
+        for generation in range(1, 101):
+            grant.stamp(generation)
+            second.send(encode(messages.Health(request_id=generation)))
+            peer.call(call_id=generation, generation=generation, **good)
+            assert peer.answer() == (generation, 0)
+        assert not second.poll(0), "what is sent to the id goes to the first"
+        second.close()
+    address = f"ipc://{Path(directory) / BROKER_SOCKET}"
+    with InlinePeer(address) as first, InlinePeer(address, greet=False, routing_id=first.routing_id) as second_one:
+        second_one.tell(messages.Hello(role="inline"))
+        for call_id in range(1, 101):
+            first.call(contract_id, call_id, call_id.to_bytes(4, "little"), out_size=4)
+            result, data = first.result()
+            assert (result.call_id, data) == (call_id, (2 * call_id).to_bytes(4, "little"))
+        assert not second_one.dealer.poll(0)
 
 
 def test_z16b_accepting_pauses_while_silent_connections_take_the_descriptors(tmp_path: Path) -> None:
@@ -42,8 +144,8 @@ def test_z16b_accepting_pauses_while_silent_connections_take_the_descriptors(tmp
     ):
         bridge.register_host_contract(HEALTHY, LuaFunction(DOUBLE))
         broker = broker_pid(bridge)
-        with Strangers(path) as strangers:
-            assert strangers.connect(4 * DESCRIPTORS) < DESCRIPTORS, "the socket has lost its name"
+        with Strangers(path) as silent:
+            assert silent.connect(4 * DESCRIPTORS) < DESCRIPTORS, "the socket has lost its name"
             assert (path / BROKER_SOCKET_ASIDE).exists()
             used = len(os.listdir(f"/proc/{broker}/fd"))
             print(f"Z16b: {used} of {DESCRIPTORS} descriptors in use")
@@ -81,14 +183,8 @@ def test_z17_host_that_sends_a_million_frames_in_one_message_is_dropped(
         assert flood.stdout.readline() == "ready\n"
         flood.stdin.write("\n")
         flood.stdin.flush()
-        took_ms = []
-        for number in range(3000):
-            start_s = time.monotonic()
-            assert answers(bridge, HEALTHY, number)
-            took_ms.append((time.monotonic() - start_s) * 1000)
+        took_ms = times_ms(bridge, HEALTHY, 3000)
         assert flood.stdout.readline() == "dropped\n"
-    took_ms.sort()
-    p99_ms = took_ms[len(took_ms) * 99 // 100]
-    print(f"Z17, {kind}: others' calls: p99 {p99_ms:.1f} ms, longest {took_ms[-1]:.0f} ms")
-    assert p99_ms < 50
+    print(f"Z17, {kind}: others' calls: p99 {p99(took_ms):.1f} ms, longest {max(took_ms):.0f} ms")
+    assert p99(took_ms) < 50
     assert broker_pid(bridge) == broker

@@ -16,6 +16,7 @@ from luacell.client import AbiErrorCode, LuaHostBridge, TooLarge, WorkerCrashed
 from luacell.protocol.headers import HAS_ARGS, HAS_OUT
 from luacell.protocol.limits import MIB, PAYLOAD_MAX
 from luacell.protocol.memory.segments import Mapping
+from tests.soak import late_writes
 from tests.support.contracts import ECHO, HEALTHY, PROBE, Stopwatch, answers, deploy, failure
 from tests.support.peers import Peer
 from tests.support.processes import Processes, descriptors_of, mappings_of
@@ -156,6 +157,10 @@ def test_m05_handles_that_are_not_good_are_stale_or_unauthorized(
     grant.stamp(2)
     peer.call(call_id=4, **(good | {"generation": 2}))
     assert peer.result().code == 0
+
+
+def test_m07_worker_that_is_timed_out_never_writes_into_a_slot_that_is_used_again() -> None:
+    late_writes.run(1, rounds=8).check()
 
 
 @pytest.mark.usefixtures("load")

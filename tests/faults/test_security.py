@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
@@ -38,6 +39,53 @@ def test_s15_floor_that_cannot_be_had_is_a_refusal_to_start(tmp_path: Path) -> N
     )
     assert ended.returncode == 78
     assert "sandbox level 'hardened' cannot be had: sandbox layer landlock is not available" in ended.stderr
+
+
+# Run as another user: tells by name what it can do, with the run directory as its argument.
+TRESPASS = """
+import os, socket, sys
+directory = sys.argv[1]
+def tries(name, action):
+    try:
+        action()
+    except PermissionError:
+        return
+    print(name)
+for name, kind in (("broker.sock", socket.SOCK_STREAM), ("fd.sock", socket.SOCK_SEQPACKET)):
+    tries("connect " + name, lambda: socket.socket(socket.AF_UNIX, kind).connect(f"{directory}/{name}"))
+for name in ("broker.sock", "fd.sock", "broker.lock", "state/registry.db"):
+    tries("look at " + name, lambda: os.stat(f"{directory}/{name}"))
+    tries("open " + name, lambda: open(f"{directory}/{name}", "rb"))
+tries("list", lambda: os.listdir(directory))
+tries("make a file", lambda: open(directory + "/mine", "w"))
+print("done")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+@pytest.mark.parametrize("is_open", [False, True])
+def test_s10_another_user_reaches_nothing(is_open: bool) -> None:
+    with tempfile.TemporaryDirectory(prefix="luacell-test-") as directory:
+        os.chmod(directory, 0o755)
+        path = Path(directory) / "run"
+        with Serving(path), LuaHostBridge.connect(path) as bridge:
+            deploy(bridge, EVALUATE)
+            if is_open:  # by somebody's mistake: the files themselves keep others out
+                path.chmod(0o755)
+            ended = subprocess.run(
+                ["/usr/bin/env", "python3", "-c", TRESPASS, str(path)],
+                user=65534,
+                group=65534,
+                extra_groups=[],
+                cwd="/",
+                capture_output=True,
+                text=True,
+                timeout=LIMIT_S,
+                check=True,
+            )
+            assert holds(bridge, "true")
+    allowed = ["list", "look at broker.lock", "look at broker.sock", "look at fd.sock"] if is_open else []
+    assert sorted(ended.stdout.split("\n")[:-2]) == allowed
 
 
 def test_s11_secrets_of_the_environment_are_in_no_worker_s_memory(tmp_path: Path) -> None:

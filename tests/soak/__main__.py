@@ -12,7 +12,19 @@ from collections.abc import Callable
 from functools import partial
 from types import FrameType
 
-from tests.soak import chaos, crashes, crowds, failures, fuzz, kills, million, reloads, simulation
+from tests.soak import (
+    chaos,
+    crashes,
+    crowds,
+    failures,
+    fuzz,
+    kills,
+    late_writes,
+    million,
+    reloads,
+    simulation,
+    strangers,
+)
 from tests.soak.report import Report
 
 RUNS: dict[str, Callable[[int], Report]] = {
@@ -24,7 +36,9 @@ RUNS: dict[str, Callable[[int], Report]] = {
     "reloads": reloads.run,
     "failures": failures.run,
     "fuzz": fuzz.run,
+    "late_writes": late_writes.run,
     "simulation": simulation.run,
+    "strangers": strangers.run,
 }
 LIMIT_S = 1200  # for all runs together; what is under way then is cleaned up, and counts as failed
 

@@ -209,11 +209,15 @@ class RawStream:
 
     def introduce(self) -> None:
         """Go through the handshake of ZMTP 3.0 as a DEALER without an identity."""
-        properties = _property("Socket-Type", b"DEALER") + _property("Identity", b"")
+        self.present(b"DEALER")
+        self.expect(64 + 2)
+
+    def present(self, kind: bytes) -> None:
+        """Say the greeting and the READY of a socket of a kind, without waiting for the other side's."""
+        properties = _property("Socket-Type", kind) + _property("Identity", b"")
         body = b"\x05READY" + properties
         self.send(b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32))
         self.send(b"\x04" + bytes([len(body)]) + body)
-        self.expect(64 + 2)
 
     def expect(self, size: int) -> bytes:
         received = b""

@@ -21,7 +21,13 @@ from luacell.protocol.limits import DEADLINE_MAX_US, MESSAGE_MAX, PAYLOAD_MAX
 from luacell.protocol.memory.channel import send_message
 from luacell.protocol.memory.segments import F_ADD_SEALS, SEAL_SEAL
 from luacell.protocol.messages import encode
-from luacell.protocol.paths import BROKER_SOCKET, DESCRIPTOR_SOCKET, LOCK_FILE
+from luacell.protocol.paths import (
+    BROKER_SOCKET,
+    BROKER_SOCKET_ASIDE,
+    DESCRIPTOR_SOCKET,
+    LOCK_FILE,
+    STATE_DIRECTORY,
+)
 from tests.support.contracts import DOUBLE, HEALTHY, PROBE, answers, deploy, function
 from tests.support.peers import HOST, Peer, RawStream, call_record, channel, is_closed_by_peer, send_raw
 from tests.support.processes import Process, Processes, broker_pid, run_directory
@@ -105,7 +111,7 @@ def hello_with(**fields: object) -> bytes:
         pytest.param((hello_with(role="king"),), id="an unknown role"),
     ],
 )
-def test_malformed_message_is_a_bad_request(peer: Peer, frames: tuple[bytes, ...]) -> None:
+def test_z18_malformed_message_is_a_bad_request(peer: Peer, frames: tuple[bytes, ...]) -> None:
     peer.send(*frames)
     failed = peer.failure()
     assert (failed.call_id, failed.code) == (0, BAD_REQUEST)
@@ -113,7 +119,7 @@ def test_malformed_message_is_a_bad_request(peer: Peer, frames: tuple[bytes, ...
     assert peer.is_served()
 
 
-def test_frames_behind_the_first_come_between_nobody(healthy: LuaHostBridge, peer: Peer) -> None:
+def test_z18_frames_behind_the_first_come_between_nobody(healthy: LuaHostBridge, peer: Peer) -> None:
     health = encode(messages.Health(request_id=1))
     tails = [(b"",), (bytes(16),), (peer.routing_id,), (peer.routing_id, health), (peer.routing_id,) * 3, (HOST,) * 100]
     failures: list[int] = []
@@ -133,12 +139,12 @@ def test_frames_behind_the_first_come_between_nobody(healthy: LuaHostBridge, pee
     assert failures == []
 
 
-def test_version_out_of_range_is_answered_with_the_range(peer: Peer) -> None:
+def test_z19_version_out_of_range_is_answered_with_the_range(peer: Peer) -> None:
     peer.send(PREAMBLE.pack(b"LC", 9, Op.HEALTH, 1, 0))
     assert "version 9 is outside 1..1" in peer.failure().message
 
 
-def test_operation_before_hello_is_refused(directory: str) -> None:
+def test_z19_operation_before_hello_is_refused(directory: str) -> None:
     with Peer(directory, greet=False) as peer:
         peer.tell(messages.Health(request_id=1))
         failed = peer.failure()
@@ -164,7 +170,7 @@ def test_stranger_to_the_descriptor_socket_is_refused_on_the_router(directory: s
         stranger.close()
 
 
-def test_oversized_message_closes_its_connection_only(peer: Peer) -> None:
+def test_z16_oversized_message_closes_its_connection_only(peer: Peer) -> None:
     monitor = peer.dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     peer.send(head(Op.HEALTH) + bytes(MESSAGE_MAX))
     try:
@@ -184,7 +190,7 @@ def test_oversized_message_closes_its_connection_only(peer: Peer) -> None:
         pytest.param(b"\xff" + bytes(8) + b"\x7f\x03\x00PLAIN" + bytes(47), True, id="another mechanism"),
     ],
 )
-def test_stream_that_is_no_zmtp_harms_nobody(
+def test_z15_stream_that_is_no_zmtp_harms_nobody(
     healthy: LuaHostBridge, directory: str, data: bytes, is_recognised: bool
 ) -> None:
     with RawStream(directory) as stream:
@@ -193,14 +199,21 @@ def test_stream_that_is_no_zmtp_harms_nobody(
         assert not is_recognised or stream.is_closed()
 
 
-def test_half_a_greeting_is_closed_in_time(directory: str) -> None:
+@pytest.mark.parametrize("kind", [b"PUB", b"SUB", b"PAIR", b"no kind at all"])
+def test_z15_socket_of_a_kind_that_does_not_fit_is_closed(directory: str, kind: bytes) -> None:
+    with RawStream(directory) as stream:
+        stream.present(kind)
+        assert stream.is_closed()
+
+
+def test_z15_half_a_greeting_is_closed_in_time(directory: str) -> None:
     with RawStream(directory) as stream:
         stream.send(b"\xff" + bytes(8))
         assert stream.is_closed()
 
 
 @pytest.mark.parametrize("size", [MESSAGE_MAX + 1, 1 << 40, U64 >> 1])
-def test_announcement_of_a_giant_frame_closes_the_connection(directory: str, size: int) -> None:
+def test_z16_announcement_of_a_giant_frame_closes_the_connection(directory: str, size: int) -> None:
     with RawStream(directory) as stream:
         stream.introduce()
         stream.send(b"\x02" + size.to_bytes(8, "big"))
@@ -238,7 +251,7 @@ SIZES = {"flags": BOTH, "args_size": 4, "out_size": 4}
         pytest.param(dict.fromkeys(headers.Call._fields, U32), AbiErrorCode.HOST_CONTRACT_NOT_FOUND, id="all bits"),
     ],
 )
-def test_call_with_a_wrong_field_is_refused(
+def test_z19_call_with_a_wrong_field_is_refused(
     peer: Peer, contract_id: int, fields: dict[str, int], code: AbiErrorCode
 ) -> None:
     grant = peer.lease(contract_id)
@@ -286,7 +299,7 @@ def test_arena_of_another_contract_is_unauthorized(peer: Peer, healthy: LuaHostB
     assert peer.refused_with() is UNAUTHORIZED
 
 
-def test_slot_and_call_id_in_flight_are_refused(peer: Peer, healthy: LuaHostBridge) -> None:
+def test_z19_slot_and_call_id_in_flight_are_refused(peer: Peer, healthy: LuaHostBridge) -> None:
     name = deploy(healthy, function("while true do end"), PROBE, deadline="400ms")
     contract_id = next(contract.id for contract in healthy.contracts() if str(contract) == name)
     grant = peer.lease(contract_id)
@@ -398,7 +411,7 @@ def is_refused_or_closed(peer: Peer) -> bool:
         return False
 
 
-def test_host_that_does_not_read_is_dropped(directory: str) -> None:
+def test_z11_host_that_does_not_read_is_dropped(directory: str) -> None:
     with Peer(directory, receive_high_water_mark=1) as peer:
         flood = encode_records(Op.CALL, [call_record(call_id=1 + number) for number in range(1000)])
         for _ in range(64):
@@ -448,7 +461,7 @@ def test_host_may_not_speak_for_the_worker_host(directory: str) -> None:
         assert is_closed_by_peer(peer.channel)
 
 
-def test_silent_connections_keep_nobody_out_for_long(healthy: LuaHostBridge, directory: str) -> None:
+def test_z13_silent_connections_keep_nobody_out_for_long(healthy: LuaHostBridge, directory: str) -> None:
     silent: list[socket.socket] = []
     try:
         for _ in range(300):
@@ -527,6 +540,26 @@ def file_in_place_of_the_socket(path: Path) -> None:
     (path / BROKER_SOCKET).touch()
 
 
+def link_in_place_of_the_socket(path: Path) -> None:
+    path.mkdir(mode=0o700)
+    (path / BROKER_SOCKET).symlink_to("/etc/passwd")
+
+
+def link_in_place_of_the_descriptor_socket(path: Path) -> None:
+    path.mkdir(mode=0o700)
+    (path / DESCRIPTOR_SOCKET).symlink_to("/etc/passwd")
+
+
+def directory_in_place_of_the_socket_aside(path: Path) -> None:
+    (path / BROKER_SOCKET_ASIDE).mkdir(parents=True)
+    path.chmod(0o700)
+
+
+def link_in_place_of_the_registry(path: Path) -> None:
+    path.mkdir(mode=0o700)
+    (path / STATE_DIRECTORY).symlink_to("/etc")
+
+
 def link_in_place_of_the_lock(path: Path) -> None:
     path.mkdir(mode=0o700)
     (path / LOCK_FILE).symlink_to("/etc/passwd")
@@ -546,11 +579,15 @@ def directory_of_another_user(path: Path) -> None:
         (symbolic_link, "symbolic links are refused"),
         (file_in_its_place, "cannot make the run directory"),
         (file_in_place_of_the_socket, "in the way"),
+        (link_in_place_of_the_socket, f"{BROKER_SOCKET} is in the way"),
+        (link_in_place_of_the_descriptor_socket, f"{DESCRIPTOR_SOCKET} is in the way"),
+        (directory_in_place_of_the_socket_aside, f"{BROKER_SOCKET_ASIDE} is in the way"),
+        (link_in_place_of_the_registry, "symbolic links are refused"),
         (link_in_place_of_the_lock, "cannot open"),
         (directory_of_another_user, "belongs to uid 65534"),
     ],
 )
-def test_run_directory_that_is_not_safe_is_refused_by_name(
+def test_m15_run_directory_that_is_not_safe_is_refused_by_name(
     tmp_path: Path, prepare: Callable[[Path], None], reason: str
 ) -> None:
     path = tmp_path / "run"

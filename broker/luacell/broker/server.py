@@ -38,7 +38,7 @@ from luacell.broker.registry_store import RegistryStore, StoreError
 from luacell.broker.rundir import RunDirectory
 from luacell.broker.signals import SignalPipe
 from luacell.broker.store import SegmentStore
-from luacell.broker.strays import FRAMES_MAX, cut, drop_rest
+from luacell.broker.strays import FLOOD_FRAMES, cut, drop_rest
 from luacell.broker.watcher import Connected, Disconnected, Ended, Received, Signalled, Watcher, WorkDone
 from luacell.broker.workers import WorkerLink, Workers
 from luacell.protocol import headers, messages
@@ -471,7 +471,7 @@ class Server:
         if flood is None:
             return False
         pid = cut(flood)
-        fields = {"pid": pid, "limit": FRAMES_MAX}
+        fields = {"pid": pid, "limit": FLOOD_FRAMES}
         log.warning("connection cut: a message of too many frames", extra={"fields": fields})
         if pid:
             for peer in self._hosts.of_process(pid):

@@ -15,7 +15,7 @@ import zmq
 
 from luacell.protocol.memory.channel import peer_ids
 
-FRAMES_MAX: Final = 1024  # of one message: half a millisecond of the loop, at 0.5 us each
+FLOOD_FRAMES: Final = 1024  # of one message, and more: half a millisecond of the loop, at 0.5 us each
 
 
 def drop_rest(router: zmq.Socket[bytes]) -> zmq.Frame | None:
@@ -25,7 +25,7 @@ def drop_rest(router: zmq.Socket[bytes]) -> zmq.Frame | None:
     count = 1
     while (frame := router.recv(copy=False)).more:
         count += 1
-    return frame if count > FRAMES_MAX else None
+    return frame if count > FLOOD_FRAMES else None
 
 
 def cut(frame: zmq.Frame) -> int:

@@ -8,6 +8,12 @@ from tests.faults.rows.row import Row
 
 ROWS: Final = (
     Row(
+        "S10",
+        "another uid looks into the run and state directories, connects, opens a socket's or the registry's file",
+        "EACCES",
+        "directories of mode 0700, sockets and files of mode 0600",
+    ),
+    Row(
         "S11",
         "secrets in the environment of the service",
         "a contract does not see them, nor are they in its memory",

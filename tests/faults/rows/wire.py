@@ -8,6 +8,37 @@ from tests.faults.rows.row import Row
 
 ROWS: Final = (
     Row(
+        "Z10",
+        "kill -9 of a host with 1,000 calls queued",
+        "its queue is dropped, its slots and memory are back; others are served",
+        "its pidfd",
+    ),
+    Row("Z11", "a host that never reads", "its session ends", "high-water mark, sends that do not block"),
+    Row(
+        "Z12",
+        "one host floods a contract at ten times what it takes",
+        "BUSY for that host, at once; others' calls to that contract and to others are answered",
+        "bounded queues, fair over hosts",
+    ),
+    Row(
+        "Z13",
+        "1,500 silent connections; 300 to the descriptor socket; 10,000 connections (`make test-soak`)",
+        "dropped; memory as before; new hosts are let in",
+        "a limit for handshakes, and for channels without a name",
+    ),
+    Row(
+        "Z15",
+        "random bytes, HTTP, TLS, half a greeting, another mechanism, socket types that do not fit",
+        "closed, at the latest by the handshake's limit",
+        "libzmq",
+    ),
+    Row(
+        "Z16",
+        "frames of more than 4.25 MiB, announced or sent, up to 2^63 bytes",
+        "the connection is closed",
+        "MAXMSGSIZE",
+    ),
+    Row(
         "Z16b",
         "80 % of the broker's descriptors taken by silent connections",
         "accepting pauses until they are dropped; hosts are served on",
@@ -20,7 +51,14 @@ ROWS: Final = (
         "the rest of a message is dropped, its connection cut",
     ),
     Row("Z18", "malformed and mutated frames, from every side", "BAD_REQUEST, or the peer is dropped", "the codec"),
+    Row(
+        "Z19",
+        "wrong fields, versions and orders; slots and call ids that are in use",
+        "BAD_REQUEST, StaleHandle; the range of versions",
+        "the codec, the broker's books",
+    ),
     Row("Z20", "bombs of msgpack", "BAD_REQUEST, or the peer is dropped", "every length has a bound"),
+    Row("Z21", "a routing id that another host has", "no answer reaches the wrong host", "no handover; ids are random"),
     Row("Z24", "a second broker on the same endpoint", "it refuses to start", "a lock in the run directory"),
     Row("Z25", "stale sockets; a run directory that is too long or too open", "none; named", "checked before binding"),
     Row(
