@@ -37,6 +37,7 @@ _STDIN: Final = "-"
 # The first that fits an error, most exact first: exit code and hint.
 _MEANINGS: Final[tuple[tuple[type[LuacellError], int, str], ...]] = (
     (errors.ContractNotFound, EXIT_NOT_FOUND, "`luacell ls` shows what is registered"),
+    (errors.CrashNotFound, EXIT_NOT_FOUND, ""),
     (
         errors.DeadlineExceeded,
         EXIT_DEADLINE,

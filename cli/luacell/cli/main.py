@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from luacell.cli import bench, contracts, dev, doctor, explain, health, new, stubs, validate
+from luacell.cli import bench, contracts, crashes, dev, doctor, explain, health, new, stubs, validate
 from luacell.cli.options import CModules, CrashRecords, Floor, Level, LogLevel, RunDir, Sandbox, Spares, StateDir, Tcp
 from luacell.protocol.paths import STATE_DIRECTORY, default_run_directory, default_state_directory
 from luacell.protocol.release import __version__
@@ -144,6 +144,7 @@ app.command()(stubs.stubs)
 app.command()(new.new)
 app.command("ls")(contracts.list_contracts)
 app.command()(health.health)
+app.add_typer(crashes.app, name="crash")
 app.command()(doctor.doctor)
 
 
