@@ -76,6 +76,12 @@ class Truth:
     inspected_ns: int = 0  # when it was past its time and its process was to be looked at
     run_out_ns: int = 0  # when it has run for the limit of the contract that it was sent to
     workers: list[int] = field(default_factory=list)
+    parent: Truth | None = None  # the call whose contract has made it
+
+    @property
+    def is_unwanted(self) -> bool:
+        """Whether its host has cancelled it, or one that it is made for."""
+        return self.is_cancelled or (self.parent is not None and self.parent.is_unwanted)
 
     def __str__(self) -> str:
         return f"call {self.number} ({self.session_id.hex()[-4:]}/{self.call_id})"
@@ -102,6 +108,7 @@ class Auditor:
         self._by_id: dict[tuple[bytes, int], Truth] = {}
         self._void_cancels: set[tuple[bytes, int]] = set()  # of calls that are over, or never were
         self._refusals: Counter[tuple[bytes, int]] = Counter()
+        self._untied: set[tuple[bytes, int]] = set()  # accepted, and failed at once: they would wait for themselves
         self._open: dict[Truth, None] = {}  # those whose slot is not free
         self._unanswered: dict[Truth, None] = {}
         self._requests: dict[Request, int] = {}
@@ -143,12 +150,19 @@ class Auditor:
             self.note("refused", number, effects[0].message)
             self._refusals[key] += 1
             return
-        call = dispatcher.sessions[session_id].calls[header.call_id]
+        call = dispatcher.sessions[session_id].calls.get(header.call_id)
+        if call is None:
+            self.demand(dispatcher.sessions[session_id].worker is not None, key, "is accepted and gone")
+            self._untied.add(key)
+            return
         settings = call.contract.record.settings
         budget_us = min(header.budget_us or settings.deadline_us, settings.deadline_us)
         now_ns = self.world.schedule.now_ns
         deadline_ns = now_ns + budget_us * NS_PER_US
         truth = Truth(number, session_id, header.call_id, now_ns, deadline_ns, call)
+        if call.parent is not None:
+            truth.parent = self._by_call[call.parent]
+            truth.deadline_ns = min(deadline_ns, truth.parent.deadline_ns)
         self.demand(number not in self._by_number and key not in self._by_id, truth, "was accepted twice")
         self._by_number[number] = self._by_call[call] = self._by_id[key] = truth
         self._open[truth] = self._unanswered[truth] = None
@@ -253,8 +267,8 @@ class Auditor:
             case model.KillWorker(worker):
                 self.note("kill", worker.id, worker.verdict)
                 self._saw_kill(worker)
-            case model.InspectWorker(worker):
-                self._saw_inspection(worker)
+            case model.InspectWorker(worker, sequence):
+                self._saw_inspection(worker, sequence)
             case model.RecordCrash(call):
                 self._saw_crash(effect, self._by_call[call])
             case model.DropPair(pair):
@@ -337,10 +351,10 @@ class Auditor:
         is_deaf = now_ns >= truth.finished_ns + KILL_AFTER_NS
         self.demand(truth.code is None or is_deaf, "worker", worker.id, "is killed for", truth, "which it has finished")
 
-    def _saw_inspection(self, worker: model.Worker) -> None:
+    def _saw_inspection(self, worker: model.Worker, sequence: int) -> None:
         """Look at a process only for a call that it runs, that is past its time and that has no answer."""
-        assert worker.call is not None
-        truth = self._by_call[worker.call]
+        (call,) = (each for each in worker.held if each.sequence == sequence)  # it may not have told of the one before
+        truth = self._by_call[call]
         self.note("inspect", truth.number, worker.id)
         now_ns = self.world.schedule.now_ns
         is_due = now_ns >= min(truth.deadline_ns, truth.run_out_ns)
@@ -395,6 +409,12 @@ class Auditor:
             self._refusals[key] -= 1
             self.answers[f"refused {effect.code.name}"] += 1
             return
+        if key in self._untied:
+            self._untied.remove(key)
+            codes = AbiErrorCode.REENTRANT_CALL, AbiErrorCode.BUSY
+            self.demand(effect.code in codes and effect.began == "no", key, "fails at once with", effect.code.name)
+            self.answers[f"untied {effect.code.name}"] += 1
+            return
         truth = self._by_id.get(key)
         self.demand(truth is not None, "an answer too many for", key)
         assert truth is not None
@@ -416,7 +436,7 @@ class Auditor:
             is_due = now_ns >= truth.deadline_ns or has_run_out or has_alarm
             self.demand(is_due, truth, "is not at its deadline")
         elif effect.code is AbiErrorCode.CANCELLED:
-            self.demand(truth.is_cancelled, truth, "was not cancelled")
+            self.demand(truth.is_unwanted, truth, "was not cancelled")
         elif effect.code is AbiErrorCode.WORKER_CRASHED:
             is_alive = self.world.workers[truth.workers[-1]].is_alive
             self.demand(not is_alive, truth, "is said to have crashed a worker that lives")
@@ -431,7 +451,10 @@ class Auditor:
             is_resting = truth.call.contract.quarantine.is_in_force
             self.demand(is_resting and bool(effect.retry_after), truth, "rests without a quarantine, or for no time")
         elif effect.code is AbiErrorCode.BUSY:
-            self.demand(truth.call.contract.queue.is_full, truth, "makes room in a queue that is not full")
+            is_nested = truth.parent is not None and effect.limit.startswith("workers")
+            self.demand(is_nested or truth.call.contract.queue.is_full, truth, "makes room in a queue that is not full")
+        elif effect.code is AbiErrorCode.REENTRANT_CALL:
+            self.demand(truth.parent is not None, truth, "is a host's and told to wait for itself")
         else:
             codes = AbiErrorCode.HOST_CONTRACT_NOT_FOUND, AbiErrorCode.HOST_CONTRACT_CALL_FAILED
             self.demand(effect.code in codes, truth, "fails with", effect.code.name)
@@ -485,9 +508,35 @@ class Auditor:
             for place in contract.places:
                 self._check_contract(dispatcher, place)
         self._check_workers(dispatcher)
+        if self.world.swarm.nesting:
+            self._check_chains(dispatcher)
         for session in dispatcher.sessions.values():
             count = len(session.calls)
             self.demand(count <= CALLS_IN_FLIGHT_MAX, "a session has", count, "calls")
+
+    def _check_chains(self, dispatcher: Dispatcher) -> None:
+        """Whatever waits, waits in the end for a worker that runs, or that may yet come: found the other way round."""
+        workers = list(dispatcher.workforce.by_id.values())
+        going: set[object] = {worker for worker in workers if worker.inner is None}
+        waiting = [worker for worker in workers if worker.inner is not None]
+        contracts = {call.contract for call in self._by_call if call.state is CallState.QUEUED}
+        contracts |= {worker.inner.contract for worker in waiting if worker.inner is not None}
+        going |= {contract for contract in contracts if contract.may_have_more_workers and contract.inherits is None}
+        before = -1
+        while len(going) > before:
+            before = len(going)
+            for contract in contracts:
+                heirs_wait_for = contract.inherits
+                if not going.isdisjoint(contract.workers if heirs_wait_for is None else (heirs_wait_for,)):
+                    going.add(contract)
+            for worker in waiting:
+                inner = worker.inner
+                assert inner is not None
+                if (inner.contract if inner.state is CallState.QUEUED else inner.worker) in going:
+                    going.add(worker)
+        for call, truth in self._by_call.items():
+            if call.state is CallState.QUEUED:
+                self.demand(call.contract in going, truth, "waits for itself")
 
     def _check_times(self) -> None:
         now_ns = self.world.schedule.now_ns
@@ -525,7 +574,10 @@ class Auditor:
         self.demand(count <= QUEUE_MAX + WORKERS_MAX, title, "has", count, "calls queued")
         workers_max = 1 if contract.record.seats else contract.record.settings.workers
         workers_max += contract.outgoing is not None
-        self.demand(len(contract.workers) <= workers_max, title, "has too many workers")
+        leaving = sum(worker.state in (WorkerState.LEAVING, WorkerState.LOADING) for worker in contract.workers)
+        self.demand(len(contract.workers) - leaving <= workers_max, title, "has too many workers")
+        on_account = sum(call.extra is contract for call in self._by_call)
+        self.demand(contract.extra == on_account, title, "has", contract.extra, "workers more for", on_account, "calls")
         is_there = contract.outgoing is None or contract.outgoing in contract.workers
         self.demand(is_there, title, "is to have a worker followed that is none of it")
         self.demand(not (count and contract.idle), title, "has calls that wait and workers that do too")
@@ -550,7 +602,7 @@ class Auditor:
             self.demand(is_idle == (state is WorkerState.IDLE), "worker", worker.id, state, "is idle:", is_idle)
             self.demand((worker in force.blank) == (state is WorkerState.BLANK), "worker", worker.id, state)
             if contract is not None and contract.retired and state is not WorkerState.DOOMED:
-                ends = (WorkerState.BUSY, WorkerState.LEAVING, WorkerState.SAVING)
+                ends = (WorkerState.BUSY, WorkerState.WAITING, WorkerState.LEAVING, WorkerState.SAVING)
                 self.demand(state in ends, "worker", worker.id, "serves a retired contract:", state)
             if state is WorkerState.RESTORING:
                 is_due = worker.is_restoring or (contract is not None and contract.inherits is not None)
@@ -559,6 +611,13 @@ class Auditor:
                 self.demand(worker.heir.inherits is worker, "worker", worker.id, "has an heir that knows nothing of it")
             if state is WorkerState.BUSY:
                 self.demand(bool(worker.held), "worker", worker.id, "is busy with nothing")
+                self.demand(worker.inner is None, "worker", worker.id, "is busy and waits")
+            if state is WorkerState.WAITING:
+                self.demand(worker.inner is not None, "worker", worker.id, "waits for nothing")
+                self.demand(not worker.ahead, "worker", worker.id, "waits and holds calls ahead")
+            if worker.inner is not None:
+                is_its_own = worker.call is not None and worker.inner.parent is worker.call
+                self.demand(is_its_own and not worker.inner.answered, "worker", worker.id, "waits for what is over")
             self.demand(len(worker.ahead) <= WINDOW_MAX, "worker", worker.id, "holds", len(worker.ahead), "ahead")
             self.demand(worker.call is not None or not worker.ahead, "worker", worker.id, "rests with calls ahead")
         self.demand(len(force.by_id) <= WORKERS_MAX, len(force.by_id), "workers")

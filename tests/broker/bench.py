@@ -60,6 +60,7 @@ class Bench:
         spares: blank workers to keep.
         window: calls that a worker of a new contract may hold ahead; 0: the others wait in the queue.
         has_worker_host: whether one is there from the beginning.
+        workers_max: how many workers there may be.
 
     Attributes:
         effects: of the last event.
@@ -70,7 +71,9 @@ class Bench:
     stores_at_once = True
     inspects_at_once = True
 
-    def __init__(self, spares: int = 1, *, window: int = 0, has_worker_host: bool = True) -> None:
+    def __init__(
+        self, spares: int = 1, *, window: int = 0, has_worker_host: bool = True, workers_max: int | None = None
+    ) -> None:
         self._window = window
         self.now_ns = 1_000 * NS_PER_MS
         self.effects: list[Effect] = []
@@ -78,7 +81,7 @@ class Bench:
         self.books = Books()
         self.registry = Registry()
         self._count = 0
-        self.dispatcher = Dispatcher(self.memory, self.books, self.registry, self._new_routing_id, spares)
+        self.dispatcher = Dispatcher(self.memory, self.books, self.registry, self._new_routing_id, spares, workers_max)
         self.catalogue = self.dispatcher.catalogue
         self.workforce = self.dispatcher.workforce
         self._slots: dict[tuple[bytes, int], tuple[Pair, list[int]]] = {}

@@ -63,6 +63,8 @@ class SimulatedHost:
         calls: those that are not done with, by call id, oldest first.
     """
 
+    is_worker = False
+
     def __init__(self, world: Simulation, host_id: bytes) -> None:
         self.world = world
         self.id = host_id
@@ -126,13 +128,12 @@ class SimulatedHost:
         number = self.world.auditor.next_number()
         slot.memory.generation = slot.generation
         slot.memory.args = number
-        header = _header(call_id, contract_id, slot, self._budget_us())
+        header = header_of(call_id, contract_id, slot, self._budget_us())
         self.calls.setdefault(call_id, []).append(HostCall(number, contract_id, slot))
         self.outbox.send(lambda: self.world.server.on_call(self, header, number))
 
     def _budget_us(self) -> int:
-        rng = self.world.schedule.rng
-        return rng.choice((0, 0, 1_000, 20_000, 150_000, DEADLINE_MAX_US))
+        return random_budget_us(self.world)
 
     def _lease(self, contract_id: int) -> None:
         leased = self._leased.get(contract_id, 0)
@@ -184,7 +185,7 @@ class SimulatedHost:
         if not free:
             return
         slot = free[-1]
-        good = _header(self._next_id(), contract_id, slot, self._budget_us())
+        good = header_of(self._next_id(), contract_id, slot, self._budget_us())
         deed = rng.randrange(11)
         if deed == 0:
             self._call_twice(contract_id, free)
@@ -209,7 +210,7 @@ class SimulatedHost:
         """Name the slot of a call that was answered and is not over; once it is, the generation is another."""
         for call in self._kept().values():
             if call.slot is not None:
-                return _header(good.call_id, call.contract_id, call.slot, good.budget_us)
+                return header_of(good.call_id, call.contract_id, call.slot, good.budget_us)
         return good._replace(generation=0)
 
     def _call_twice(self, contract_id: int, free: list[HostSlot]) -> None:
@@ -284,7 +285,13 @@ class SimulatedHost:
             del self.calls[call_id]
 
 
-def _header(call_id: int, contract_id: int, slot: HostSlot, budget_us: int) -> Call:
+def random_budget_us(world: Simulation) -> int:
+    """Choose how long a call may take; 0: what its contract says."""
+    return world.schedule.rng.choice((0, 0, 1_000, 20_000, 150_000, DEADLINE_MAX_US))
+
+
+def header_of(call_id: int, contract_id: int, slot: HostSlot, budget_us: int) -> Call:
+    """Return the CALL of a call in a slot; some are of instances."""
     flags = HAS_ARGS | HAS_OUT
     fn_id = IN_INSTANCE | call_id % 7 << SEAT_SHIFT if call_id % 2 else 0
     return Call(call_id, contract_id, fn_id, budget_us, slot.arena, slot.number, slot.generation, flags, 8, 8)

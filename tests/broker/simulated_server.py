@@ -19,11 +19,12 @@ from luacell.protocol import headers
 from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.limits import NS_PER_MS
 from luacell.protocol.slots import SlotShape
+from tests.broker.simulated_callers import SimulatedCaller
+from tests.broker.simulated_hosts import SimulatedHost
 from tests.broker.simulated_memory import Memory
 from tests.broker.simulated_workers import Execute, SimulatedWorker, SimulatedWorkerHost
 
 if TYPE_CHECKING:
-    from tests.broker.simulated_hosts import SimulatedHost
     from tests.broker.simulation import Simulation
 
 TICK_NS = 20 * NS_PER_MS  # how long the real shell waits for a message while something has a deadline
@@ -45,7 +46,7 @@ class SimulatedServer:
         self._last_routing_id = 0
         self.dispatcher = Dispatcher(self.memory, self.books, self.registry, self._new_routing_id, spares)
         self.workforce = self.dispatcher.workforce
-        self.hosts: dict[bytes, SimulatedHost] = {}
+        self.hosts: dict[bytes, SimulatedHost | SimulatedCaller] = {}
         self.links: dict[int, SimulatedWorker] = {}
         self.worker_host: SimulatedWorkerHost | None = None
         self._ready_early: set[int] = set()
@@ -142,11 +143,12 @@ class SimulatedServer:
             self._perform(self.dispatcher.host_left(host.id, self.now_ns))
             self._turn()
 
-    def on_call(self, host: SimulatedHost, header: headers.Call, number: int) -> None:
+    def on_call(self, host: SimulatedHost | SimulatedCaller, header: headers.Call, number: int) -> None:
         if host.id not in self.hosts:
             return
         effects: list[Effect]
-        call = None if self._comes_in_a_batch() else self.dispatcher.quick_call(host.id, header, self.now_ns)
+        is_usual = not host.is_worker and not self._comes_in_a_batch()
+        call = self.dispatcher.quick_call(host.id, header, self.now_ns) if is_usual else None
         if call is not None:
             self.world.counts["quick calls"] += 1
             effects = [] if call.worker is None else [model.SendCall(call.worker, call)]
@@ -155,6 +157,18 @@ class SimulatedServer:
         self.world.auditor.call_arrived(self.dispatcher, host.id, header, number, effects)
         self._perform(effects)
         self._turn()
+
+    def on_nested(self, worker_id: int, call_id: int, contract_id: int, budget_us: int) -> None:
+        """A contract calls another."""
+        worker = self.workforce.by_id.get(worker_id)
+        if worker is None:
+            return
+        caller = self.hosts.get(worker.routing_id)
+        if not isinstance(caller, SimulatedCaller):
+            caller = SimulatedCaller(self.world, self.world.workers[worker_id], worker.routing_id)
+            self.hosts[caller.id] = caller
+            self.dispatcher.caller_joined(worker)
+        caller.call(call_id, contract_id, budget_us)
 
     def on_cancel(self, host: SimulatedHost, call_id: int) -> None:
         if host.id in self.hosts:
@@ -331,6 +345,8 @@ class SimulatedServer:
         self._dying.pop(worker.id, None)
         self.links.pop(worker.id, None)
         self._perform(self.dispatcher.worker_died(worker, cause, self.now_ns))
+        if self.hosts.pop(worker.routing_id, None) is not None:
+            self.world.auditor.host_left(worker.routing_id)
 
     # -- effects ------------------------------------------------------------------------------------------------
     def _send_calls(self, worker: Worker, calls: list[model.SendCall]) -> None:
@@ -420,5 +436,5 @@ class SimulatedServer:
 
     def _send_reply(self, effect: model.SendReply) -> None:
         host = self.hosts.get(effect.request.session_id)
-        if host is not None:
+        if isinstance(host, SimulatedHost):
             host.inbox.send(lambda: host.on_reply(effect.request.request_id, effect.kind))

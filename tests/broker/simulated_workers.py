@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from luacell.broker.causes import SIGALRM, SIGKILL, Cause
 from luacell.protocol.headers import NOT_BEGUN, RECYCLE, RETIRE, Done
 from luacell.protocol.limits import NS_PER_MS, NS_PER_S, NS_PER_US
+from tests.broker.simulated_hosts import CONTRACTS, random_budget_us
 from tests.broker.simulated_memory import Slot
 from tests.broker.simulated_time import Act, Wire
 
@@ -41,6 +42,7 @@ STEPS = (
     "answered",
 )
 CARRY_STEPS = ("saving", "restoring")  # likewise, in worlds with many reloads
+NEST_STEPS = ("calling", "waiting", "resumed")  # likewise, in worlds whose contracts call each other
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +93,11 @@ class SimulatedWorker:
         self._is_occupied = False
         self._running: Execute | None = None
         self._gathered: list[tuple[Done, int]] = []  # answers that are not sent, and whose they are
+        self._began_ns = 0  # the call that it runs
+        self._waited_ns = 0  # of that time, for calls that its contract has made
+        self._waits_ns = 0  # since when it does; 0: it does not
+        self._last_inner = 0
+        self._after_waiting: Act = self._perish
 
     # -- life ---------------------------------------------------------------------------------------------------
     def start(self) -> None:
@@ -242,11 +249,18 @@ class SimulatedWorker:
         self.state += 1
         self.world.auditor.began(slot.args, self.id, call.deadline_ns)
         self._running = call
+        self._began_ns, self._waited_ns, self._waits_ns = self.world.schedule.now_ns, 0, 0
         self.world.schedule.after(call.limit_ns + TIMER_SLACK_NS, lambda: self._alarm(call))
         self._run(call)
 
     def _alarm(self, call: Execute) -> None:
-        if self._running is call:
+        if self._running is not call or not self.is_alive:
+            return
+        limit_ns = self._began_ns + self._waited_ns + call.limit_ns
+        fires_ns = (call.deadline_ns if self._waits_ns else limit_ns) + TIMER_SLACK_NS
+        if fires_ns > self.world.schedule.now_ns:
+            self.world.schedule.at(fires_ns, lambda: self._alarm(call))
+        else:
             self.die(Cause(signal=SIGALRM))
 
     def _run(self, call: Execute) -> None:
@@ -264,8 +278,37 @@ class SimulatedWorker:
             flags = schedule.rng.choice((flags | RECYCLE, flags | RECYCLE, RETIRE))
         if schedule.chance(swarm.endless):
             self.step = "running"
+        elif swarm.nesting and schedule.chance(swarm.nesting):
+            self._then("calling", self._quickly(1), lambda: self._call_another(call, code, flags))
         else:
             self._then("running", run_ns, lambda: self._write(call, code, flags))
+
+    def _call_another(self, call: Execute, code: int, flags: int) -> None:
+        """Call a contract and wait for what comes of it."""
+        schedule, server = self.world.schedule, self.world.server
+        self._send_gathered()
+        self._last_inner += 1
+        inner_id, budget_us = self._last_inner, random_budget_us(self.world)
+        contract_id = schedule.rng.choice(CONTRACTS)
+        self._waits_ns = schedule.now_ns
+        self._after_waiting = lambda: self._resume(call, code, flags)
+        self.outbox.send(lambda: server.on_nested(self.id, inner_id, contract_id, budget_us))
+        self.step = "waiting"
+        if schedule.chance(self.world.swarm.death):
+            schedule.after(self._quickly(20), self._perish)
+
+    def inner_ended(self, inner_id: int) -> None:
+        """The answer to a call of the contract is here."""
+        if self.is_alive and self._waits_ns and inner_id == self._last_inner:
+            self._waited_ns += self.world.schedule.now_ns - self._waits_ns
+            self._waits_ns = 0
+            self._then("resumed", self._quickly(3), self._after_waiting)
+
+    def _resume(self, call: Execute, code: int, flags: int) -> None:
+        if self.world.schedule.chance(self.world.swarm.nesting / 2):
+            self._call_another(call, code, flags)
+        else:
+            self._write(call, code, flags)
 
     def _misbehave(self, call: Execute) -> None:
         """Do what a contract can do through FFI."""

@@ -85,6 +85,7 @@ class Swarm:
     giving_back: float = 0.0
     wearing: float = 0.0  # answers that say RECYCLE
     reloading: float = 0.0  # contracts that load, and take another's place
+    nesting: float = 0.0  # contracts that call others
     call_gap_ns: int = 2 * NS_PER_MS
     kill_gap_ns: int = 0
     host_leave_gap_ns: int = 0

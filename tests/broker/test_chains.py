@@ -232,3 +232,49 @@ def test_when_a_waiting_worker_dies_its_call_ends_and_nobody_is_told(bench: Benc
     assert bench.only(SendFailure).call_id == outer.header.call_id
     bench.done(inner)
     assert not bench.has(SendResult)
+
+
+def test_a_chain_for_which_there_is_no_worker_more_is_told_so_at_once() -> None:
+    bench = Bench(spares=0, workers_max=2)
+    a, b = bench.serve(A, stateless=True), bench.serve(B)
+    begin(bench, A)
+    bench.begin(nest(bench, a, B))
+    failure = refusal(bench, b, A)
+    assert (failure.code, failure.limit, failure.began) == (AbiErrorCode.BUSY, "workers: 2", "no")
+    assert failure.retry_after
+    assert b.state is WorkerState.BUSY
+
+
+def test_a_contract_that_may_have_more_workers_waits_for_none_that_cannot_come() -> None:
+    bench = Bench(spares=0, workers_max=2)
+    a, b = bench.serve(A, stateless=True, workers=2), bench.serve(B)
+    begin(bench, A)
+    bench.begin(nest(bench, a, B))
+    assert refusal(bench, b, A).code is AbiErrorCode.BUSY
+
+
+def test_a_place_that_becomes_free_is_waited_for() -> None:
+    bench = Bench(spares=0, workers_max=3)
+    a, b = bench.serve(A, stateless=True), bench.serve(B)
+    begin(bench, A)
+    bench.begin(nest(bench, a, B))
+    leaving = bench.serve(C)
+    bench.dispatcher.worker_lost(leaving, bench.now_ns)
+    assert nest(bench, b, A).state.value == "queued"
+
+
+def test_a_contract_that_calls_itself_finds_room_where_its_worker_held_calls_ahead() -> None:
+    bench = Bench(spares=1, window=4)
+    a = bench.serve(A, stateless=True, workers=2, max_queue=1)
+    begin(bench, A)
+    bench.call(A)
+    other = bench.load_next()
+    bench.begin(bench.call_of(max(bench.dispatcher.sessions[HOST].calls)))
+    behind = bench.call(A)
+    assert behind.worker in (a, other)
+    caller = behind.worker
+    assert caller is not None
+    inner = nest(bench, caller, A)
+    assert [behind.state.value, inner.state.value].count("queued") >= 1
+    assert not behind.answered
+    assert not inner.answered

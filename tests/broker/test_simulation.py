@@ -36,7 +36,7 @@ from luacell.protocol.limits import NS_PER_MS, NS_PER_S
 from luacell.protocol.slots import Answer
 from tests.broker.auditor import Violation
 from tests.broker.simulated_memory import Memory
-from tests.broker.simulated_workers import CARRY_STEPS, STEPS
+from tests.broker.simulated_workers import CARRY_STEPS, NEST_STEPS, STEPS
 from tests.broker.simulation import Simulation, Swarm, simulate
 from tests.soak.simulation import kept
 
@@ -121,6 +121,16 @@ def test_workers_are_recycled_with_deaths_at_every_step() -> None:
     worlds = [simulate(seed, 4_000, WEAR) for seed in range(6)]
     counts = sum((world.counts + world.auditor.deaths for world in worlds), Counter[str]())
     assert all(counts[key] > 0 for key in {"worker recycled", "state carried over", *STEPS} - {"blank"}), counts
+
+
+NESTED = Swarm(nesting=0.3, death=0.02, failing=0.05, cancelling=0.05, slow=0.02, endless=0.003, hosts=3, spares=3)
+
+
+def test_contracts_call_each_other_and_die_at_each_step() -> None:
+    worlds = [simulate(seed, 4_000, NESTED) for seed in range(6)]
+    counts = sum((world.counts + world.auditor.deaths + world.auditor.answers for world in worlds), Counter[str]())
+    answers = ("nested results", "nested failures", "untied REENTRANT_CALL")
+    assert all(counts[key] > 0 for key in (*answers, *NEST_STEPS)), counts
 
 
 # -- broken dispatchers -----------------------------------------------------------------------------------------
@@ -215,29 +225,44 @@ def workers_that_were_to_save_are_not_missed(patch: Patch) -> None:
     patch.setattr(Dispatcher, "_part", lambda self, worker, why, now_ns, effects: None)
 
 
+SWARMS["a_call_that_would_wait_for_itself_is_queued"] = NESTED
+SWARMS["a_nested_call_may_take_longer_than_the_one_it_is_made_in"] = NESTED
+SWARMS["who_waits_keeps_what_it_holds_ahead"] = NESTED
+SWARMS["a_worker_that_has_its_answer_still_waits"] = NESTED
+
+
+@breakage
+def a_call_that_would_wait_for_itself_is_queued(patch: Patch) -> None:
+    patch.setattr(Handover, "can_progress", lambda self, contract: True)
+
+
+@breakage
+def a_nested_call_may_take_longer_than_the_one_it_is_made_in(patch: Patch) -> None:
+    wait = Handover._await
+
+    def wait_longer(self: Dispatcher, call: Call, outer: Call, now_ns: int, effects: Effects) -> None:
+        call.deadline_ns += 10 * NS_PER_MS
+        wait(self, call, outer, now_ns, effects)
+
+    patch.setattr(Dispatcher, "_await", wait_longer)
+
+
+@breakage
+def who_waits_keeps_what_it_holds_ahead(patch: Patch) -> None:
+    patch.setattr(Handover, "_give_away_what_is_behind", lambda self, worker, running, now_ns, effects: None)
+
+
+@breakage
+def a_worker_that_has_its_answer_still_waits(patch: Patch) -> None:
+    patch.setattr(Handover, "_resume", lambda self, call, now_ns: None)
+
+
 @breakage
 def calls_leave_the_seat_of_their_instance(patch: Patch) -> None:
     def any_seat(contract: Contract, session_id: bytes, fn_id: int) -> Contract:
         return contract.places[len(contract.queue) % len(contract.places)]
 
     patch.setattr(dispatcher, "seat_of", any_seat)
-
-
-SWARMS["calls_are_taken_from_a_worker_that_may_have_come_to_them"] = Swarm(
-    stuck=0.1, cancelling=0.3, registering=0.1, call_gap_ns=NS_PER_MS, hosts=3
-)
-
-
-@breakage
-def calls_are_taken_from_a_worker_that_may_have_come_to_them(patch: Patch) -> None:
-    spread = Handover._spread
-
-    def spread_blindly(self: Dispatcher, worker: Worker, now_ns: int, effects: Effects) -> None:
-        with patch.context() as inner:
-            inner.setattr(handover, "is_running", lambda call, seen: True)
-            spread(self, worker, now_ns, effects)
-
-    patch.setattr(Dispatcher, "_spread", spread_blindly)
 
 
 @breakage

@@ -478,6 +478,18 @@ def test_calls_behind_one_that_is_not_begun_stay_where_they_are(bench: Bench) ->
     assert slow.held == held
 
 
+def test_calls_behind_one_that_was_withdrawn_stay_as_their_worker_may_have_come_to_them(bench: Bench) -> None:
+    slow, free, _ = crowd(bench)
+    work_off(bench, free)
+    withdrawn, next_, _ = held = slow.held
+    bench.cancel(withdrawn)
+    bench.begin(next_)  # it has passed the other by, and nobody has heard of that
+    bench.pass_ms(SLOW_MS + 5)
+    assert slow.held == held
+    assert not bench.has(SendCall)
+    assert not next_.taken_back
+
+
 def test_calls_behind_one_that_has_just_ended_come_back_by_themselves(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,7 +166,7 @@ def broker_pid(bridge: LuaHostBridge) -> int:
 
 def workers_of(bridge: LuaHostBridge, contract: str) -> list[int]:
     """Return the pids of the workers that serve a contract, as the broker knows them."""
-    states = ("idle", "busy")
+    states = ("idle", "busy", "waiting")
     return [w["pid"] for w in bridge.health()["workers"] if w["contract"] == contract and w["state"] in states]
 
 

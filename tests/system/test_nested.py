@@ -6,6 +6,8 @@ import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +22,9 @@ from luacell.protocol.errors import (
 from luacell.protocol.limits import MIB
 from tests.support.apis import SVC
 from tests.support.contracts import deploy
-from tests.support.typed_contracts import SVC_LUA, deploy_typed
+from tests.support.processes import broker_pid, run_directory, worker_of
+from tests.support.typed_contracts import COUNTER_LUA, SVC_LUA, counter_api, deploy_typed
+from tests.support.waiting import LIMIT_S, eventually
 
 # Runs the Lua in its args, of the size in fn_id; its value is what comes back, behind its size.
 EVAL = """
@@ -205,3 +209,53 @@ def test_chains_that_meet_in_a_circle_all_end(bridge: LuaHostBridge) -> None:
         results = list(pool.map(chain, range(96)))
     assert set(results) <= {"end", "refused"} and "end" in results
     assert time.monotonic() - began < 5
+
+
+def runs(bridge: LuaHostBridge, contract: str) -> bool:
+    """Whether a worker of a contract runs a call now, and waits for none."""
+    return any(each["contract"] == contract and each["state"] == "busy" for each in bridge.health()["workers"])
+
+
+SPIN = "while true do end"
+
+
+def test_a_worker_that_is_killed_in_the_middle_of_a_chain_fails_it_from_there(bridge: LuaHostBridge) -> None:
+    run(bridge, "host.a@1", "kept = 7")
+    caught = f"""
+      local fine, problem = pcall(run, "host.b@1", [==[{RUN} return run("host.c@1", "{SPIN}")]==])
+      return problem.code .. " " .. problem.kind .. " " .. problem.began .. " " .. kept
+    """
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(run, bridge, "host.a@1", caught, 2.0)
+        eventually(lambda: runs(bridge, "host.c@1"), "the chain is under way")
+        with closing(worker_of(bridge, "host.b@1")) as worker:
+            worker.kill()
+        assert waiting.result(LIMIT_S) == "257 WorkerCrashed yes 7"
+    assert run(bridge, "host.a@1", through("host.b@1")) == "end"
+    assert run(bridge, "host.c@1", "return 'free'") == "free"  # at the deadline of what it was called for
+
+
+def test_a_host_that_goes_in_the_middle_of_a_chain_leaves_all_its_contracts_free(bridge: LuaHostBridge) -> None:
+    with LuaHostBridge.connect(run_directory(broker_pid(bridge))) as other, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(run, other, "host.a@1", through("host.b@1", "host.c@1", end=SPIN), 2.0)
+        eventually(lambda: runs(bridge, "host.c@1"), "the chain is under way")
+        other.close()
+        assert waiting.exception(LIMIT_S) is not None
+    assert run(bridge, "host.a@1", through("host.b@1", "host.c@1")) == "end"
+
+
+def test_a_typed_contract_that_was_replaced_is_called_by_its_new_description(
+    bridge: LuaHostBridge, tmp_path: Path
+) -> None:
+    call = "return luacell.call('host.counter@1', 'add', 2)"
+    deploy_typed(bridge, tmp_path, counter_api(), COUNTER_LUA)
+    assert run(bridge, "host.a@1", call) == "2"
+    deploy_typed(bridge, tmp_path, counter_api() + "# another description\n", COUNTER_LUA)
+    assert run(bridge, "host.a@1", call + " + 1") == "3"
+
+
+@pytest.mark.parametrize("size", [0, 1000, 5000, 300_000, MIB - 64])
+def test_a_typed_result_that_is_larger_than_was_thought_is_fetched(bridge: LuaHostBridge, size: int) -> None:
+    call = f"return #luacell.call('host.svc@1', 'upper', ('x'):rep({size}))"
+    for _ in range(2):  # the second time there is room for it
+        assert run(bridge, "host.b@1", call) == str(size)

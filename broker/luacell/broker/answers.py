@@ -205,6 +205,13 @@ def reentrant(call: Call, chain: list[Call], now_ns: int) -> SendFailure:
     return _failure(call, AbiErrorCode.REENTRANT_CALL, text, "no", now_ns)
 
 
+def no_worker_for_chain(call: Call, workers_max: int, now_ns: int) -> SendFailure:
+    """Say that a call would wait for itself, and that there are too many workers for it to have one of its own."""
+    refusal = no_worker(call.contract, workers_max)
+    failure = _failure(call, refusal.code, f"{refusal.message}; call: {call.title}", "no", now_ns, limit=refusal.limit)
+    return failure._replace(retry_after=refusal.retry_after)
+
+
 def cancelled(call: Call, began: Began, now_ns: int, *, by: str = "its caller", slot: str = "free") -> SendFailure:
     """Say that a call was ended by its caller, or by a broker that shuts down."""
     text = f"{call.title}: cancelled by {by}"

@@ -48,8 +48,13 @@ def objection_to(session: Session, header: headers.Call) -> Refusal | None:
     return None
 
 
-def can_progress(contract: Contract) -> bool:
-    """Whether a call that is queued for a contract will be served, as far as it depends on who waits for whom."""
+def can_progress(contract: Contract, *, can_grow: bool) -> bool:
+    """Whether a call that is queued for a contract will be served, as far as it depends on who waits for whom.
+
+    Args:
+        contract: it waits for a worker of this one.
+        can_grow: whether there can be another worker at all.
+    """
     seen: set[Contract] = set()
     contracts = [contract]
     while contracts:
@@ -58,7 +63,7 @@ def can_progress(contract: Contract) -> bool:
             continue
         seen.add(contract)
         heirs_wait_for = contract.inherits
-        if contract.may_have_more_workers and heirs_wait_for is None:
+        if can_grow and contract.may_have_more_workers and heirs_wait_for is None:
             return True
         for worker in contract.workers if heirs_wait_for is None else (heirs_wait_for,):
             queued = _end_of_waiting(worker)

@@ -174,12 +174,13 @@ class Dispatcher(Handover):
             worker = worker_with_room(contract, now_ns)
         if worker is not None:
             self._hand_ahead(worker, call, now_ns, effects)
-        elif outer is not None and not chains.can_progress(contract):
+        elif outer is not None and not self.can_progress(contract):
             self._untie(call, now_ns, effects)
         else:
-            if contract.queue.is_full:
-                self._displace(contract, session, now_ns, effects)
-            contract.queue.push(session, call)
+            if not contract.queue.is_full or self._displace(contract, session, now_ns, effects):
+                contract.queue.push(session, call)
+            else:  # a contract that calls itself: what its worker held ahead has just come back
+                contract.queue.push_front(session, call)
             self.catalogue.staff(contract, now_ns, effects)
         return effects
 
@@ -197,13 +198,18 @@ class Dispatcher(Handover):
         wait_ns = 0 if refusal is None else self.workforce.start_wait_ns(contract, now_ns)
         return answers.starts_wait(contract, wait_ns) if wait_ns and contract.queue.is_full else refusal
 
-    def _displace(self, contract: Contract, session: Session, now_ns: int, effects: list[Effect]) -> None:
-        """Make room in a full queue for a call of `session`: a host with many calls must not keep others out."""
+    def _displace(self, contract: Contract, session: Session, now_ns: int, effects: list[Effect]) -> bool:
+        """Make room in a full queue for a call of `session`, where that is fair, and tell whether it is.
+
+        A host with many calls must not keep others out.
+        """
         call = contract.queue.displaceable(session)
-        assert call is not None, "it was looked for before the call was taken"
+        if call is None:
+            return False
         effects.append(answers.displaced(call, now_ns))
         contract.queue.remove(call.session, call)
         self._end(call, now_ns, effects)
+        return True
 
     def quick_call(self, session_id: bytes, header: headers.Call, now_ns: int) -> Call | None:
         """Do what `call_arrived` does where nothing is unusual.

@@ -405,13 +405,21 @@ class Handover:
             self._wheel.cancel(outer.timer or 0, outer)
             outer.timer = self._wheel.set(min(look_ns, latest_ns), outer)
 
-    def _untie(self, call: Call, now_ns: int, effects: list[Effect]) -> None:
-        """Let a nested call that would wait for itself have a worker of its own, or fail it where state forbids that.
+    def can_progress(self, contract: Contract) -> bool:
+        """Whether a call that is queued for a contract will be served, whoever waits for whom."""
+        return chains.can_progress(contract, can_grow=self.workforce.can_grow)
 
+    def _untie(self, call: Call, now_ns: int, effects: list[Effect]) -> None:
+        """Let a nested call that would wait for itself have a worker of its own.
+
+        It fails where the state of its contract, or the bound on workers, forbids that.
         It is not queued, or is about to be removed from its queue.
         """
         contract = call.contract
-        if contract.record.settings.stateless:
+        if contract.record.settings.stateless and not self.workforce.can_grow:
+            effects.append(answers.no_worker_for_chain(call, self.workforce.workers_max, now_ns))
+            self._end(call, now_ns, effects)
+        elif contract.record.settings.stateless:
             contract.extra += 1
             call.extra = contract
             contract.queue.push_front(call.session, call)
@@ -423,7 +431,7 @@ class Handover:
     def _untie_all(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
         """A contract has a worker less: see to the nested calls that it might have served."""
         for call in () if contract.retired else [call for call in contract.queue if call.parent is not None]:
-            if chains.can_progress(contract):
+            if self.can_progress(contract):
                 return
             contract.queue.remove(call.session, call)
             self._untie(call, now_ns, effects)

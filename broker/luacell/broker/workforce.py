@@ -90,6 +90,12 @@ class Workforce:
         """Whether a contract that has no worker would get none."""
         return len(self.by_id) >= self.workers_max and not self.blank
 
+    @property
+    def can_grow(self) -> bool:
+        """Whether a contract that waits for a worker gets one even if all that serve go on for ever."""
+        is_coming = any(worker.state in (STARTING, BLANK, DOOMED) for worker in self.by_id.values())
+        return len(self.by_id) < self.workers_max or is_coming
+
     def request(self, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
         """Get a worker for a contract: a blank one that is confined as it must be, or the next that becomes ready."""
         confinement = self._confinement_of(contract)
