@@ -25,6 +25,11 @@ keys: colour, shape
 removed: True, again: False
 shape is gone
 """
+CALLS = """\
+2 of lamp, 3 left
+3 of lamp, 0 left
+refused (1024): lamp: 1 too few
+"""
 CSV = """\
 line 8: OutOfRange: 590 F was never measured
 line 10: NoNumber: '' is no temperature
@@ -41,7 +46,7 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
 
 
-@pytest.mark.parametrize(("name", "output"), [("logger", LOGGER), ("kv", KV), ("csv", CSV)])
+@pytest.mark.parametrize(("name", "output"), [("logger", LOGGER), ("kv", KV), ("csv", CSV), ("calls", CALLS)])
 def test_example_prints_what_it_should(name: str, output: str) -> None:
     done = run(name)
     assert (done.stdout, done.stderr, done.returncode) == (output, "", 0)
