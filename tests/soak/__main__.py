@@ -23,6 +23,7 @@ from tests.soak import (
     million,
     reloads,
     simulation,
+    storm,
     strangers,
 )
 from tests.soak.report import Report
@@ -38,6 +39,7 @@ RUNS: dict[str, Callable[[int], Report]] = {
     "fuzz": fuzz.run,
     "late_writes": late_writes.run,
     "simulation": simulation.run,
+    "storm": storm.run,
     "strangers": strangers.run,
 }
 LIMIT_S = 1200  # for all runs together; what is under way then is cleaned up, and counts as failed
