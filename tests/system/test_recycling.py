@@ -3,12 +3,16 @@
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from luacell.client import LuaHostBridge
-from tests.support.contracts import COUNTER, PROBE, deploy, unregister_all
+from luacell.broker.starts import RATE
+from luacell.client import Busy, LuaFunction, LuaHostBridge, WorkerCrashed
+from tests.support.contracts import COUNTER, DOUBLE, HEALTHY, PROBE, answers, deploy, unregister_all
 from tests.support.serving import Serving
+from tests.support.typed_contracts import COUNTER_LUA, counter_api, deploy_typed
 from tests.support.waiting import eventually
 
 # Leaks as many bytes as its function id says.
@@ -19,8 +23,16 @@ return function(fn_id, args, out)
   ffi.C.memset(ffi.C.malloc(fn_id), 1, fn_id)
 end
 """
+SAVING_LUA = COUNTER_LUA.replace(
+    "return Counter\n",
+    """
+function Counter:save() return tostring(self.n) end
+function Counter:restore(text) self.n = assert(tonumber(text)) end
+return Counter
+""",
+)
 LEAKED = 10 * 1024  # bytes a call, as in C98
-RSS = 96 << 20
+RSS = 64 << 20
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +68,58 @@ def test_p14_recycling_under_load_fails_no_call(service: Serving, bridge: LuaHos
     assert {each["limit"] for each in records} == {"max_calls 50"}
 
 
-def test_c98_a_contract_that_leaks_through_ffi_is_recycled_at_its_memory(
-    service: Serving, bridge: LuaHostBridge
+@pytest.mark.parametrize("sandbox", ["default", "hardened"])
+def test_c98_contract_that_leaks_through_ffi_is_recycled_at_its_memory(
+    service: Serving, bridge: LuaHostBridge, sandbox: str
 ) -> None:
-    """10 KB a call for 15,000 calls are 150 MB, which is one worker's share and most of another's."""
-    name = "host.leak@1"
-    deploy(bridge, LEAK, name, max_rss=f"{RSS >> 20}MiB", stateless=True)
-    for _ in range(15_000):
+    """10 KB a call for 7,000 calls are 72 MB: more than one worker's share, less than two's."""
+    name = f"host.leak_{sandbox}@1"
+    deploy(bridge, LEAK, name, max_rss=f"{RSS >> 20}MiB", stateless=True, sandbox=sandbox)
+    for _ in range(7_000):
         bridge.call(name, LEAKED)
     records = service.records("worker recycled", contract=name)
     assert [each["limit"] for each in records] == ["max_rss"]
     leaked = records[0]["served"] * LEAKED
-    assert 0.7 * RSS < leaked < 1.1 * RSS  # a fresh worker has some 15 MiB of its own
+    assert 0.65 * RSS < leaked < RSS  # a fresh worker has some 15 MiB of its own
+
+
+def test_worker_at_twice_its_memory_is_not_used_again(service: Serving, bridge: LuaHostBridge) -> None:
+    name = "host.glutton@1"
+    deploy(bridge, LEAK, name, max_rss="64MiB", sandbox="hardened")
+    bridge.call(name, 2 * RSS)
+    bridge.call(name, 0)
+    eventually(
+        lambda: any("max_rss" in each["verdict"] for each in service.records("worker died", contract=name)),
+        "the worker is dead, and it is said why",
+    )
+
+
+def test_p13_crash_storm_has_a_pace_and_others_are_served(service: Serving, bridge: LuaHostBridge) -> None:
+    names = [f"host.storm{number}@1" for number in range(100)]
+    bridge.register_host_contract(HEALTHY, LuaFunction(DOUBLE))
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: bridge.register_host_contract(name, LuaFunction(COUNTER)), names))
+        assert answers(bridge, HEALTHY)
+        before, began = len(service.records("worker died")), time.monotonic()
+        storm = [pool.submit(bridge.call, name, 1, timeout=20) for _ in range(2) for name in names]
+        number = 0
+        while not all(each.done() for each in storm):
+            assert answers(bridge, HEALTHY, number)
+            number += 1
+        took = time.monotonic() - began
+    assert {type(each.exception()) for each in storm} <= {WorkerCrashed, Busy}
+    deaths = len(service.records("worker died")) - before
+    assert deaths <= 2 * len(names)
+    assert len(storm) - len(names) - 100 <= RATE * took, "100 had a worker, 100 starts are free, the others have a pace"
+    for name in names:
+        bridge.unregister_host_contract(name)
+
+
+def test_singleton_that_is_recycled_goes_on_where_it_was(
+    service: Serving, bridge: LuaHostBridge, tmp_path: Path
+) -> None:
+    counter = deploy_typed(bridge, tmp_path, counter_api(singleton=True), SAVING_LUA, max_calls=10)
+    with ThreadPoolExecutor(3) as pool:
+        counts = list(pool.map(counter.add, [1] * 300))
+    assert sorted(counts) == list(range(1, 301))
+    assert service.records("state carried over"), "it was recycled"

@@ -115,7 +115,7 @@ ROWS: Final = (
     Row("C95", "jit.off()", "slower", "a process for each contract"),
     Row("C96", "bytecode", "VmRegistrationFailed", "chunks are loaded as text only"),
     Row("C97", "bytecode, cut", "VmRegistrationFailed", "chunks are loaded as text only"),
-    Row("C98", "leaks 10 KB a call", "no call fails", "recycled at max_rss and max_calls", due="limits"),
+    Row("C98", "leaks 10 KB a call", "no call fails", "recycled at max_rss and max_calls"),
     Row(
         "C99",
         "answers, then dies while it is idle",
