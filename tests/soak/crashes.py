@@ -131,6 +131,7 @@ class CountingHost:
         self.held: list[int] = []  # by the workers, at looks into the service's health
         self.outcomes: Counter[str] = Counter()
         self.instants = 0  # a signal from outside fell between a word of the slot and the contract's count
+        self.must_revive = False  # the contract rests, for it has crashed so often
         self.violations: list[str] = []
 
     def turn(self, crash_share: float) -> None:
@@ -211,7 +212,7 @@ class CountingHost:
         if op is Op.FAILURE:
             failure = decode(messages.Failure, message)
             told = Told(failure.code, failure.began, failure.signal)
-            self._on_answer(failure.call_id, told, is_free=failure.slot == "free")
+            self._on_answer(failure.call_id, told, is_free=failure.slot != "kept")
             return
         for record in headers.parse_records(op, count, message):
             if op is Op.RELEASED:
@@ -262,7 +263,9 @@ class CountingHost:
                 self.violations.append(f"answered without having run: {what}")
             return
         self.outcomes[f"{AbiErrorCode(told.code).name} began {told.began}"] += 1
-        if told.code != AbiErrorCode.WORKER_CRASHED:
+        if told.code == AbiErrorCode.QUARANTINED:
+            self.must_revive = True
+        elif told.code != AbiErrorCode.WORKER_CRASHED:
             self.violations.append(f"not an answer of this run: {what}")
         if is_done:
             self.violations.append(f"a finished answer was lost: {what}")
@@ -313,6 +316,9 @@ def _crash_until(bridge: LuaHostBridge, host: CountingHost, crashes: int, crash_
         for _ in range(TURNS):
             if host.is_full:
                 break
+            if host.must_revive:
+                bridge.revive(PROBE)
+                host.must_revive = False
             host.turn(1 / crash_every)
         if host.is_full:
             host.drain()
