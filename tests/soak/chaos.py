@@ -63,7 +63,10 @@ class Host:
 
     def faults(self, slack_s: float) -> list[str]:
         """Say what is against the promises."""
-        return [text for entry in self.entries.values() for text in self._faults_of(entry, slack_s)]
+        found = [text for entry in self.entries.values() for text in self._faults_of(entry, slack_s)]
+        if self.process.returncode and not self.is_killed:
+            found.append(f"host {self.process.pid} ended by itself, with {self.process.returncode}")
+        return found
 
     def _faults_of(self, entry: Entry, slack_s: float) -> list[str]:
         title = f"call {entry.number} of host {self.process.pid} to {entry.contract}"

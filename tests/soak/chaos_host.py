@@ -14,11 +14,13 @@ import random
 import sys
 import threading
 import time
+from contextlib import suppress
 
-from luacell.client import LuaHostBridge
+from luacell.client import LuaHostBridge, Unavailable
 from tests.soak.history import Entry
 from tests.soak.hostile import HEALTHY_NAMES, HOSTILE, name_of
 from tests.soak.load import NUMBER_SIZE, TIMEOUT_S, arguments, judge
+from tests.support.waiting import eventually
 
 THREADS = 4
 HOSTILE_SHARE = 0.05
@@ -27,7 +29,7 @@ HOSTILE_TIMEOUT_S = 0.4
 
 def main(run_directory: str, seed: int, rate: float, copies: int) -> None:
     is_over = threading.Event()
-    with LuaHostBridge.connect(run_directory) as bridge:
+    with eventually(lambda: _connected(run_directory), "there is a broker") as bridge:
         threads = [
             threading.Thread(target=_work, args=(bridge, random.Random(seed * THREADS + n), n, rate, copies, is_over))
             for n in range(THREADS)
@@ -38,6 +40,12 @@ def main(run_directory: str, seed: int, rate: float, copies: int) -> None:
         is_over.set()
         for thread in threads:
             thread.join()
+
+
+def _connected(run_directory: str) -> LuaHostBridge | None:
+    with suppress(Unavailable):  # the broker was killed, and is not back yet
+        return LuaHostBridge.connect(run_directory)
+    return None
 
 
 def _work(
