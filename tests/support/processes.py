@@ -114,11 +114,15 @@ class Processes:
     def __init__(self, parent: int, broker: int) -> None:
         self._stack = ExitStack()
         self._held: dict[int, Process] = {}
-        self.parent = self._hold(parent)
-        self.broker = self._hold(broker)
-        (host,) = [pid for pid in children_of(parent) if pid != broker]
-        self.worker_host = self._hold(host)
-        self.look_again()
+        try:
+            self.parent = self._hold(parent)
+            self.broker = self._hold(broker)
+            (host,) = [pid for pid in children_of(parent) if pid != broker]
+            self.worker_host = self._hold(host)
+            self.look_again()
+        except BaseException:
+            self.close()  # one of them has just ended: nobody will get to close what is held
+            raise
 
     @classmethod
     def of(cls, bridge: LuaHostBridge) -> Self:
