@@ -96,7 +96,7 @@ def test_errors_reach_the_thread_they_belong_to(bridge: LuaHostBridge) -> None:
             if number % 5 == 3:
                 with pytest.raises(HostContractCallFailed, match=f"^Lua exception: failed {thread * 1000 + number}\n"):
                     bridge.call(PROBE, 3, sent, 8)
-            elif number % 50 == 4:
+            elif number == 4 and thread < 4:  # at a fifth crash the contract would rest
                 with pytest.raises(WorkerCrashed, match="fn 4: the worker died with signal 11"):
                     bridge.call(PROBE, 4, sent, 8)
             else:
