@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("load")
 
 ROOT = Path(__file__).parents[2]
 OWN_CHILDREN = ("host.py", "embedded.py")  # numbers of children that are not waited for yet: they cannot be others'
+TELL_THE_TIME = ("embedded.py", "crash_keeper.py")  # one compares times of files; the other dates records for people
 Thrower = Callable[..., str]
 
 
@@ -136,7 +137,7 @@ def test_p18_starts_and_stops_leave_nothing(bridge: LuaHostBridge) -> None:
 def test_p19_no_decision_reads_the_wall_clock() -> None:
     for part in ("broker", "client", "worker"):
         for path in (ROOT / part).rglob("*.py"):
-            if path.name != "embedded.py":  # it compares the times of files, which are of that clock
+            if path.name not in TELL_THE_TIME:
                 assert "time.time()" not in path.read_text(), path
 
 
