@@ -29,6 +29,7 @@ PLACES: Final = (
     "tests/faults",
     "tests/system/test_bad_input.py",
     "tests/system/test_drain.py",
+    "tests/system/test_quarantine.py",
     "tests/system/test_recycling.py",
     "tests/system/test_supervision.py",
 )

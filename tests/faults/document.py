@@ -31,8 +31,8 @@ _INTRODUCTION: Final = """\
 # The fault catalogue
 
 What is thrown at luacell, and what it answers. Each row is a test with the row's id in its name (most in
-`tests/faults`), part of `make check`; `make faults` runs them all and writes this page, `make test-soak SOAK=faults`
-throws them beside 100 healthy calls a second.
+`tests/faults`), part of `make check`; `make faults` runs them all and writes this page. With `pytest tests/faults
+-p tests.faults.under_load` they are thrown beside 100 healthy calls a second.
 
 Each test asserts the code, the cause, whether the call had begun, and that the answer came at most 250 ms after its
 deadline (what the machine itself delayed is measured beside it and allowed for). Around each one, a healthy contract

@@ -250,6 +250,7 @@ class Holdings:
     host_mappings: int
     host_children: int
     processes: int
+    parent_descriptors: Counter[str]
     broker_descriptors: Counter[str]
     broker_mappings: int
     worker_host_descriptors: Counter[str]
@@ -271,6 +272,7 @@ class Holdings:
             host_mappings=mappings_of(),
             host_children=len(children_of(os.getpid())),
             processes=len(processes),
+            parent_descriptors=descriptors_of(parent),
             broker_descriptors=descriptors_of(broker),
             broker_mappings=mappings_of(broker),
             worker_host_descriptors=descriptors_of(worker_host),

@@ -44,7 +44,9 @@ def crash(bridge: LuaHostBridge, times: int = CRASHES) -> None:
         assert failure(bridge, PROBE, args=BAD, out_size=1).code is CRASHED
 
 
-def test_the_fifth_crash_quarantines_the_contract_for_its_host_alone(service: Serving, bridge: LuaHostBridge) -> None:
+def test_p12_the_fifth_crash_quarantines_the_contract_for_its_host_alone(
+    service: Serving, bridge: LuaHostBridge
+) -> None:
     crash(bridge)
     resting = failure(bridge, PROBE, args=GOOD, out_size=1)
     assert isinstance(resting, Quarantined)
@@ -60,7 +62,7 @@ def test_the_fifth_crash_quarantines_the_contract_for_its_host_alone(service: Se
         assert other.call(PROBE, 0, GOOD, 1) == b"\x07"
 
 
-def test_a_call_that_goes_well_ends_the_quarantine(bridge: LuaHostBridge) -> None:
+def test_p12_a_call_that_goes_well_ends_the_quarantine(bridge: LuaHostBridge) -> None:
     crash(bridge)
     served = eventually(lambda: _call(bridge), "the back-off is over")
     assert served == b"\x07"
@@ -68,7 +70,7 @@ def test_a_call_that_goes_well_ends_the_quarantine(bridge: LuaHostBridge) -> Non
     assert bridge.health()["quarantined"] == []
 
 
-def test_a_trial_that_crashes_doubles_the_back_off(bridge: LuaHostBridge) -> None:
+def test_p12_a_trial_that_crashes_doubles_the_back_off(bridge: LuaHostBridge) -> None:
     crash(bridge)
     trial = eventually(lambda: _crash_when_allowed(bridge), "the back-off is over")
     assert trial is CRASHED
@@ -77,7 +79,7 @@ def test_a_trial_that_crashes_doubles_the_back_off(bridge: LuaHostBridge) -> Non
     assert 1 < resting.retry_after <= 2
 
 
-def test_two_hosts_that_crash_it_stop_the_contract_for_all(service: Serving, bridge: LuaHostBridge) -> None:
+def test_p12_two_hosts_that_crash_it_stop_the_contract_for_all(service: Serving, bridge: LuaHostBridge) -> None:
     crash(bridge)
     with (
         LuaHostBridge.connect(service.run_directory) as second,
@@ -92,7 +94,7 @@ def test_two_hosts_that_crash_it_stop_the_contract_for_all(service: Serving, bri
             assert each.call(PROBE, 0, GOOD, 1) == b"\x07"
 
 
-def test_kills_from_outside_never_count(bridge: LuaHostBridge) -> None:
+def test_p12_kills_from_outside_never_count(bridge: LuaHostBridge) -> None:
     for _ in range(2 * CRASHES):
         assert bridge.call(PROBE, 0, GOOD, 1) == b"\x07"
         (pid,) = [each["pid"] for each in bridge.health()["workers"] if each["contract"] == PROBE]

@@ -47,7 +47,6 @@ ROWS: Final = (
         "every call of a contract crashes",
         "5 times WORKER_CRASHED, then QUARANTINED with when to try again; other contracts are served",
         "counted for each contract and host",
-        due="limits",
     ),
     Row("P13", "a crash storm over 100 contracts", "BUSY beyond the bound", "a token bucket of starts"),
     Row("P14", "recycling under load", "no call fails", "the successor is ready first"),
