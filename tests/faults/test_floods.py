@@ -18,6 +18,7 @@ from luacell.protocol.headers import HAS_ARGS, HAS_OUT
 from luacell.protocol.messages import encode
 from luacell.protocol.paths import BROKER_SOCKET, BROKER_SOCKET_ASIDE
 from tests.soak import strangers
+from tests.support.children import child_process
 from tests.support.contracts import DOUBLE, HEALTHY, PROBE, Stopwatch, answers, deploy, function
 from tests.support.peers import InlinePeer, Peer
 from tests.support.processes import broker_pid
@@ -64,11 +65,11 @@ def p99(times: list[float]) -> float:
 def test_z10_host_that_is_killed_with_a_thousand_calls_queued_leaves_nothing_behind(
     bridge: LuaHostBridge, directory: str
 ) -> None:
-    deploy(bridge, function("while fn_id == 1 do end"), deadline="30s", run_limit="1s", max_queue=1024)
+    deploy(bridge, function("while fn_id == 1 do end"), deadline="30s", run_limit="3s", max_queue=1024)
     assert bridge.call(PROBE, 0) == b""
     before = bridge.health()["memory_bytes"]
     command = [sys.executable, "-m", "tests.support.crowd", directory, PROBE, "1000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as crowd:
+    with child_process(command, stdout=subprocess.PIPE, cwd=ROOT) as crowd:
         assert crowd.stdout is not None
         assert crowd.stdout.readline() == b"ready\n"
         assert bridge.health()["queued"] > 900
@@ -87,7 +88,7 @@ def test_z12_flood_of_one_host_is_busy_for_it_and_others_are_answered(bridge: Lu
     deploy(bridge, SLOW_DOUBLE, stateless=True, max_queue=QUEUE)
     at_first = {name: times_ms(bridge, name, 300) for name in (HEALTHY, PROBE)}
     command = [sys.executable, "-m", "tests.support.flood", directory, PROBE, str(10 * QUEUE)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as flood:
+    with child_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as flood:
         assert flood.stdin is not None and flood.stdout is not None
         assert flood.stdout.readline() == "flooding\n"
         under_flood = {HEALTHY: times_ms(bridge, HEALTHY, 300), PROBE: times_ms(bridge, PROBE, 50)}
@@ -178,7 +179,7 @@ def test_z17_host_that_sends_a_million_frames_in_one_message_is_dropped(
 ) -> None:
     broker = broker_pid(bridge)
     command = [sys.executable, "-m", "tests.support.strangers", kind, directory, str(FRAMES)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as flood:
+    with child_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as flood:
         assert flood.stdin is not None and flood.stdout is not None
         assert flood.stdout.readline() == "ready\n"
         flood.stdin.write("\n")

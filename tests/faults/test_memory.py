@@ -17,6 +17,7 @@ from luacell.protocol.headers import HAS_ARGS, HAS_OUT
 from luacell.protocol.limits import MIB, PAYLOAD_MAX
 from luacell.protocol.memory.segments import Mapping
 from tests.soak import late_writes
+from tests.support.children import child_process
 from tests.support.contracts import ECHO, HEALTHY, PROBE, Stopwatch, answers, deploy, failure
 from tests.support.peers import Peer
 from tests.support.processes import Processes, descriptors_of, mappings_of
@@ -187,11 +188,11 @@ def test_m08_spoiling_other_slots_spoils_no_answer(bridge: LuaHostBridge, contra
 
 @pytest.mark.usefixtures("load")
 def test_m12_memory_of_a_killed_host_is_reclaimed(bridge: LuaHostBridge, contract: Thrower, directory: str) -> None:
-    contract("while true do end", deadline="600ms")
+    contract("while true do end", deadline="1s")
     assert serves(bridge)
     before = bridge.health()["memory_bytes"]
     command = [sys.executable, "-m", "tests.support.crowd", directory, PROBE, "100"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as crowd:
+    with child_process(command, stdout=subprocess.PIPE, cwd=ROOT) as crowd:
         assert crowd.stdout is not None
         assert crowd.stdout.readline() == b"ready\n"
         assert bridge.health()["memory_bytes"] > before

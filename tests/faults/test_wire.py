@@ -14,6 +14,7 @@ import pytest
 
 from luacell.client import LuaFunction, LuaHostBridge, Unavailable
 from luacell.protocol.paths import BROKER_SOCKET, DESCRIPTOR_SOCKET
+from tests.support.children import child_process
 from tests.support.contracts import DOUBLE, HEALTHY, PROBE, Stopwatch, answers, deploy, failure, function
 from tests.support.processes import Process, Processes, broker_pid, run_directory
 from tests.support.serving import Serving, run_broker
@@ -94,7 +95,7 @@ def test_z26_broker_that_is_stopped_is_unavailable_by_the_deadline() -> None:
 
 def test_z27_bridge_in_a_forked_child_says_so() -> None:
     command = [sys.executable, "-m", "tests.support.host", "forked"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as host:
+    with child_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as host:
         assert host.stdin is not None and host.stdout is not None
         ready = host.stdout.readline()
         lines = sorted([host.stdout.readline(), host.stdout.readline()])

@@ -40,6 +40,7 @@ from luacell.client import (
     WorkerCrashed,
 )
 from luacell.protocol.limits import MIB
+from tests.support.children import child_process
 from tests.support.contracts import (
     DOUBLE,
     ECHO,
@@ -347,7 +348,7 @@ def test_each_loop_has_a_bridge_of_its_own(bridge: LuaHostBridge) -> None:
 def test_forked_child_has_no_bridge_and_its_parent_s_goes_on(bridge: LuaHostBridge) -> None:
     bridge.register_host_contract(HEALTHY, LuaFunction(DOUBLE))
     command = [sys.executable, "-m", "tests.support.async_fork", place_of(bridge), HEALTHY]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as host:
+    with child_process(command, stdout=subprocess.PIPE, cwd=ROOT) as host:
         assert host.stdout is not None
         told = [json.loads(host.stdout.readline()) for _ in range(2)]
         (child,) = (each for each in told if "child" in each)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from luacell.client import AbiErrorCode, LuaHostBridge
+from tests.support.children import child_process
 from tests.support.contracts import DOUBLE, HEALTHY, answers, deploy
 from tests.support.serving import PYTHON, Serving
 from tests.support.waiting import LIMIT_S, eventually
@@ -94,7 +95,7 @@ def test_service_that_a_careless_shell_starts(short_directory: Path) -> None:
 
 def test_service_in_a_relative_directory(short_directory: Path) -> None:
     serve = [*PYTHON, "-m", "luacell.cli", "serve", "--run-dir", "run", "--log-level", "error"]
-    with subprocess.Popen(serve, cwd=short_directory, start_new_session=True) as process:
+    with child_process(serve, cwd=short_directory, start_new_session=True) as process:
         try:
             assert eventually(lambda: (short_directory / "run" / "fd.sock").exists(), "it listens")
             with LuaHostBridge.connect(short_directory / "run") as bridge:

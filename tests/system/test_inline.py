@@ -43,6 +43,7 @@ from luacell.protocol.limits import (
     PAYLOAD_MAX,
 )
 from luacell.protocol.messages import encode
+from tests.support.children import child_process
 from tests.support.contracts import DOUBLE, ECHO, HEALTHY, PROBE, Stopwatch, answers, deploy, failure, function
 from tests.support.environment import untraced
 from tests.support.peers import InlinePeer, Peer
@@ -328,7 +329,7 @@ def test_interrupted_call_is_cancelled(endpoint: str, place: Place) -> None:
     )
     deploy(place.local, function("while true do end"), "host.endless@1", deadline="2s")
     try:
-        with subprocess.Popen([sys.executable, "-c", code, endpoint], stdout=subprocess.PIPE, env=untraced()) as host:
+        with child_process([sys.executable, "-c", code, endpoint], stdout=subprocess.PIPE, env=untraced()) as host:
             assert host.stdout is not None
             assert host.stdout.readline() == b"ready\n"
             eventually(lambda: place.local.health()["slots_in_flight"] == 1, "the call is running")
@@ -791,7 +792,7 @@ def vanishing(place: Place, endpoint: str, contract: str, mode: str) -> Iterator
     """A host that is about to be killed, and what it has written."""
     at = endpoint if mode == "forked" else place.address(endpoint)
     command = [sys.executable, "-m", "tests.support.vanishing", at, str(place.id_of(contract)), mode]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as host:
+    with child_process(command, stdout=subprocess.PIPE, cwd=ROOT) as host:
         assert host.stdout is not None
         assert readable(host.stdout.fileno())
         words = host.stdout.readline().split()

@@ -26,6 +26,7 @@ from luacell.client import (
     LuaHostBridge,
     Unavailable,
 )
+from tests.support.children import child_process
 from tests.support.contracts import DOUBLE, HEALTHY, PROBE, Stopwatch, answers, deploy, failure, function
 from tests.support.parts import Parts
 from tests.support.processes import Process, Processes, children_of, descriptors_of, mappings_of, thread_count
@@ -323,7 +324,7 @@ def test_processes_that_connect_after_the_fork_get_their_own_answers_while_worke
     with LuaHostBridge.connect(parts.run_directory) as bridge:
         deploy(bridge, DOUBLE, HEALTHY, stateless=True, workers=3)
         command = [sys.executable, "-m", "tests.support.preforking", str(parts.run_directory), HEALTHY, "4", "1500"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
+        with child_process(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
             killed = 0
             while server.poll() is None:
                 pids = [worker["pid"] for worker in bridge.health()["workers"] if worker["state"] == "busy"]

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from luacell.client import CallError, LuacellError, LuaFunction, LuaHostBridge, Unavailable, WorkerCrashed
+from tests.support.children import child_process
 from tests.support.contracts import DOUBLE, HEALTHY, PROBE, Stopwatch, answers, deploy, failure, function
 from tests.support.processes import Process, Processes, children_of, status_of, zombies_of
 from tests.support.serving import PYTHON, Serving
@@ -301,8 +302,7 @@ def test_children_that_hang_are_gone_two_seconds_after_their_host(directory: Pat
     print(parent.pid, flush=True)
     parent.wait()
     """
-    host = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stdout=subprocess.PIPE)
-    with host:
+    with child_process([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stdout=subprocess.PIPE) as host:
         assert host.stdout is not None
         parent = int(host.stdout.readline())
         log = directory / "log"
@@ -366,8 +366,7 @@ def test_a_worker_host_ends_at_once_at_the_second_signal(serving: Serving) -> No
 
 
 def test_a_worker_host_without_a_broker_can_be_ended(directory: Path) -> None:
-    process = subprocess.Popen([*PYTHON, "-m", "luacell.worker", "--run-dir", str(directory)])
-    with process:
+    with child_process([*PYTHON, "-m", "luacell.worker", "--run-dir", str(directory)]) as process:
         caught = 1 << (signal.SIGTERM - 1)
         status = Path(f"/proc/{process.pid}/status")
         eventually(lambda: catches(status, caught), "it listens to signals")
@@ -491,7 +490,7 @@ def test_closing_never_takes_longer_than_a_second(reader: str) -> None:
         ctypes.PyDLL(None).sleep(60)  # with the interpreter's lock held, as a hang in C may
     """
     command = [sys.executable, "-c", textwrap.dedent(code), reader]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with child_process(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         started_s = time.monotonic()
         code_ = process.wait(LIMIT_S)
         assert time.monotonic() - started_s < LIMIT_S / 2

@@ -22,6 +22,7 @@ from luacell.client import (
     Unavailable,
     WorkerCrashed,
 )
+from tests.support.children import child_process
 from tests.support.contracts import DOUBLE, HEALTHY, NUMBERED, PROBE, Stopwatch, answers, deploy, function
 from tests.support.environment import untraced
 from tests.support.processes import descriptors_of, thread_count
@@ -152,7 +153,7 @@ def test_bridge_has_no_thread_of_its_own_for_calls(bridge: LuaHostBridge) -> Non
 def interrupt(rounds: int, threads: int, is_time: Callable[[int], bool]) -> list[str]:
     """Run a host and interrupt each of its calls when it is time; return what it printed in the end."""
     command = [sys.executable, "-m", "tests.support.interrupted", str(rounds), str(threads)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=untraced()) as host:
+    with child_process(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=untraced()) as host:
         assert host.stdout is not None
         lines = []
         try:

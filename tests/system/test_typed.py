@@ -31,6 +31,7 @@ from luacell.client.deployment import DeploymentError
 from luacell.protocol.errors import StaleHandle
 from luacell.protocol.limits import MIB
 from tests.support.apis import SVC, apis, bits, values
+from tests.support.children import child_process
 from tests.support.contracts import failure
 from tests.support.in_process import InProcess
 from tests.support.processes import broker_pid, resident_kib, run_directory, workers_of
@@ -320,7 +321,7 @@ sys.stdin.read()
 
 def test_death_of_a_host_destroys_its_instances(bridge: LuaHostBridge, counter: Any) -> None:
     command = [sys.executable, "-c", HOST, run_directory(broker_pid(bridge))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as host:
+    with child_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as host:
         assert host.stdout is not None
         assert host.stdout.readline() == b"ready\n"
         assert counter.destroyed() == 0

@@ -36,6 +36,7 @@ from luacell.worker.sandbox.calls import (
     NETWORK_DENY_LIST,
     NETWORK_FILTER,
 )
+from tests.support.children import child_process
 
 OWN_PID = 4321
 STRANGER = 4322
@@ -590,7 +591,7 @@ signal.pause()
 
 
 def test_a_worker_dies_with_its_parent() -> None:
-    with subprocess.Popen([sys.executable, "-c", ORPHANED], stdout=subprocess.PIPE, bufsize=0) as zygote:
+    with child_process([sys.executable, "-c", ORPHANED], stdout=subprocess.PIPE, bufsize=0) as zygote:
         assert zygote.stdout is not None
         try:
             ready, _, _ = select.select([zygote.stdout], [], [], TIME_LIMIT_S)
@@ -668,7 +669,7 @@ def broker(tmp_path: Path) -> Iterator[tuple[str, zmq.Socket[bytes]]]:
 def zygote_of_a_worker(script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """Start a zygote whose worker runs a script once it is confined; both are gone afterwards."""
     command = [sys.executable, "-c", PREAMBLE + WORKER + script, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as zygote:
+    with child_process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as zygote:
         try:
             yield zygote
         finally:
