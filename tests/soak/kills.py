@@ -18,9 +18,10 @@ from pathlib import Path
 from luacell.client import LuacellError, LuaFunction, LuaHostBridge
 from tests.soak.history import History, percentiles
 from tests.soak.load import Load, double_after
-from tests.soak.remains import GONE_WITHIN_S, holdings, remains
+from tests.soak.remains import GONE_WITHIN_S, remains
 from tests.soak.report import Report
 from tests.support.contracts import DOUBLE, answers, deploy
+from tests.support.holdings import holdings
 from tests.support.processes import Process, Processes, workers_of
 from tests.support.serving import Serving
 from tests.support.waiting import eventually

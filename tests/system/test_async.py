@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
-import os
 import random
 import re
 import signal
@@ -52,15 +50,13 @@ from tests.support.contracts import (
     function,
     write_deployment,
 )
+from tests.support.holdings import holdings, holds_no_more_than
 from tests.support.processes import (
     Process,
     broker_pid,
-    children_of,
-    descriptors_of,
     mappings_of,
     run_directory,
     status_of,
-    thread_count,
 )
 from tests.support.waiting import LIMIT_S, settles
 
@@ -315,7 +311,7 @@ def test_opening_that_is_cancelled_leaves_nothing(rounds: int) -> None:
 
     before = holdings()
     asyncio.run(main())
-    settles(holdings, before, "no service, descriptor or thread is left")
+    holds_no_more_than(before)
 
 
 # -- loops and forks ----
@@ -364,11 +360,6 @@ def test_forked_child_has_no_bridge_and_its_parent_s_goes_on(bridge: LuaHostBrid
 
 
 # -- ends ----
-def holdings() -> tuple[object, ...]:
-    gc.collect()
-    return descriptors_of(), thread_count(), mappings_of(), len(children_of(os.getpid()))
-
-
 def in_new_service(work: Callable[[AsyncLuaHostBridge], Coroutine[Any, Any, None]]) -> None:
     """Run work with an embedded bridge; nothing of it is left."""
 
@@ -381,7 +372,7 @@ def in_new_service(work: Callable[[AsyncLuaHostBridge], Coroutine[Any, Any, None
         patch.setenv("XDG_RUNTIME_DIR", directory)
         before = holdings()
         asyncio.run(main())
-        settles(holdings, before, "descriptors, threads, mappings and children are as before")
+        holds_no_more_than(before)
         assert list(Path(directory).iterdir()) == []
 
 
@@ -423,4 +414,4 @@ def test_bridge_that_nobody_closes_takes_its_service_with_it() -> None:
 
     before = holdings()
     asyncio.run(main())
-    settles(holdings, before, "no service is left")
+    holds_no_more_than(before)

@@ -27,11 +27,11 @@ from luacell.client import (
 )
 from tests.support.contracts import COUNTER, DOUBLE, HEALTHY, PROBE, Stopwatch, answers, deploy, failure, function
 from tests.support.environment import untraced
+from tests.support.holdings import holdings, holds_no_more_than
 from tests.support.processes import (
     Process,
     Processes,
     broker_pid,
-    children_of,
     descriptors_of,
     mappings_of,
     resident_kib,
@@ -60,14 +60,10 @@ def nothing_is_left_here(runtime_directory: Path) -> Iterator[None]:
     with LuaHostBridge() as bridge:
         bridge.register_host_contract(HEALTHY, LuaFunction(DOUBLE))
         assert answers(bridge, HEALTHY)
-    settles(holdings, before, "descriptors, threads, mappings and children are as before")
+    holds_no_more_than(before)
     assert mappings_of() == 0
     assert not any("memfd:luacell" in name for name in descriptors_of())
     assert list(runtime_directory.iterdir()) == []
-
-
-def holdings() -> tuple[object, ...]:
-    return descriptors_of(), thread_count(), mappings_of(), len(children_of(os.getpid()))
 
 
 class Host:
@@ -333,7 +329,7 @@ def test_opening_and_closing_leaves_nothing() -> None:
     maps = mapping_count()
     for _ in range(15):
         cycle()
-    settles(holdings, before, "descriptors, threads, mappings and children are as after the first one")
+    holds_no_more_than(before)
     assert mapping_count() <= maps + 10, "a leak would be at least one for each cycle"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 import tempfile
@@ -28,9 +27,10 @@ from luacell.client import (
 )
 from tests.support.children import child_process
 from tests.support.contracts import DOUBLE, HEALTHY, PROBE, Stopwatch, answers, deploy, failure, function
+from tests.support.holdings import holdings, holds_no_more_than
 from tests.support.parts import Parts
-from tests.support.processes import Process, Processes, children_of, descriptors_of, mappings_of, thread_count
-from tests.support.waiting import LIMIT_S, eventually, settles
+from tests.support.processes import Process, Processes
+from tests.support.waiting import LIMIT_S, eventually
 
 ROOT = Path(__file__).parents[2]
 ENDLESS = function("while true do end")
@@ -47,7 +47,7 @@ def parts() -> Iterator[Parts]:
     before = holdings()
     with tempfile.TemporaryDirectory(prefix="again-") as directory, Parts(Path(directory) / "run") as running:
         yield running
-    settles(holdings, before, "descriptors, threads, mappings and children are as before")
+    holds_no_more_than(before)
 
 
 @pytest.fixture
@@ -56,10 +56,6 @@ def host(parts: Parts) -> Iterator[LuaHostBridge]:
         bridge.register_host_contract(HEALTHY, LuaFunction(DOUBLE))
         assert answers(bridge, HEALTHY)
         yield bridge
-
-
-def holdings() -> tuple[object, ...]:
-    return descriptors_of(), thread_count(), mappings_of(), len(children_of(os.getpid()))
 
 
 def in_thread(work: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
@@ -168,7 +164,7 @@ def test_nothing_is_left_of_lost_sessions(parts: Parts, host: LuaHostBridge) -> 
         host.register_host_contract(PROBE, LuaFunction(function("")))
         host.call(PROBE, 0, bytes(2_000_000), 2_000_000)
     host.unregister_host_contract(PROBE)
-    settles(holdings, before, "descriptors, threads and mappings are as before")
+    holds_no_more_than(before)
 
 
 # -- closing ----

@@ -25,8 +25,9 @@ from luacell.client import (
 from tests.support.children import child_process
 from tests.support.contracts import DOUBLE, HEALTHY, NUMBERED, PROBE, Stopwatch, answers, deploy, function
 from tests.support.environment import untraced
-from tests.support.processes import descriptors_of, thread_count
-from tests.support.waiting import LIMIT_S, eventually, settles
+from tests.support.holdings import holdings, holds_no_more_than
+from tests.support.processes import thread_count
+from tests.support.waiting import LIMIT_S, eventually
 
 ROOT = Path(__file__).parents[2]
 THREADS = 8
@@ -191,7 +192,7 @@ def test_call_interrupted_at_any_moment_leaves_a_usable_bridge() -> None:
 # -- closing ----
 @pytest.mark.parametrize("source", [DOUBLE, function("while true do end")], ids=["short calls", "endless calls"])
 def test_close_ends_calls_of_other_threads_with_a_typed_error(source: str) -> None:
-    before = descriptors_of(), thread_count()
+    before = holdings()
     bridge = LuaHostBridge()
     deploy(bridge, source, deadline="30s", stateless=True, workers=2)
     begun = threading.Barrier(THREADS + 1)
@@ -215,7 +216,7 @@ def test_close_ends_calls_of_other_threads_with_a_typed_error(source: str) -> No
     assert stopwatch.seconds < 2.0
     assert len(ends) == THREADS
     assert set(ends) <= {Unavailable, BridgeClosed}
-    settles(lambda: (descriptors_of(), thread_count()), before, "nothing is left of the bridge")
+    holds_no_more_than(before)
 
 
 def test_close_from_several_threads_closes_once() -> None:
