@@ -55,6 +55,22 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     assert all(f"luacell.toml:{place}: " in ended.errors for place in places), ended.errors
 
 
+def test_everything_is_told_of_both_files(tmp_path: Path) -> None:
+    api = API.replace('"f32"', '"f23"').replace("bitflag", "bitflags")
+    manifest = MANIFEST.replace("kinds.lua", "none.lua") + (
+        'sandbox = "open"\nread = ["data"]\nwrite = "/"\ndeadline = 5\nmemory = 64\nmax_output = "1TiB"\n'
+        '[contract."host.raised"]\nsource = "kinds.lua"\nsandbox = "hardened"\nnetwork = true\n[contract."host.bare"]\n'
+    )
+    ended = luacell("validate", str(write_typed(tmp_path / "kinds", manifest=manifest, api=api)))
+    assert ended.code == 2
+    places = ("4:10", "5:11", "6:8", "7:9", "8:12", "9:10", "10:14", "14:11", "15:1")
+    assert all(f"luacell.toml:{place}: " in ended.errors for place in places), ended.errors
+    assert "api.toml:11:1: unknown key 'bitflags'; did you mean 'bitflag'?" in ended.errors
+    assert "api.toml:17:32: unknown type 'f23'; did you mean 'f32'?" in ended.errors
+    assert "max_output = '1TiB' is not a size such as \"64KiB\", from 0 B to 64 KiB" in ended.errors
+    assert ended.errors.count("\n") == len(places) + 2
+
+
 @pytest.mark.parametrize(
     ("lua", "told"),
     [("this is no Lua", "kinds.lua:1:"), (LUA.replace("Kinds:points", "Kinds:pints"), "points")],

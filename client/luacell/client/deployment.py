@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -136,9 +137,8 @@ class Deployment:
         name = manifest.noting(lambda: _read_name(directory, manifest, tables), "")
         requires = manifest.noting(lambda: _read_requires(manifest, tables), no_requires)
         api_text, api = manifest.noting(lambda: _read_api(directory, manifest, tables), no_api)
-        if api is None and "api" in tables:  # the contracts cannot be looked at without it
-            contracts = {}
-        units = tuple(_read_units(directory, manifest, contracts, api))
+        is_undescribed = api is None and "api" in tables  # it is wrong: what it says of the contracts is not known
+        units = tuple(_read_units(directory, manifest, contracts, api, is_undescribed=is_undescribed))
         modules = manifest.noting(lambda: _read_modules(directory), no_modules)
         manifest.check()
         if api_text:
@@ -221,66 +221,69 @@ class _Table:
     def __init__(self, manifest: _Manifest, name: str, values: dict[str, Any]) -> None:
         self._manifest = manifest
         self._name = name
-        self._values = values
+        self.values = values
 
     def _where(self, key: str) -> str:
         return f'{self._manifest.at("contract", self._name, key)}: [contract."{self._name}"]'
 
     def error(self, key: str, wanted: str) -> DeploymentError:
-        return DeploymentError(f"{self._where(key)}: {key} = {self._values.get(key)!r} is not {wanted}")
+        return DeploymentError(f"{self._where(key)}: {key} = {self.values.get(key)!r} is not {wanted}")
 
-    def _wrong(self, key: str, wanted: str, default: T) -> T:
+    def lacks(self, key: str) -> DeploymentError:
+        return DeploymentError(f"{self._where(key)}: lacks {key}")
+
+    def wrong(self, key: str, wanted: str, default: T) -> T:
         """Note a value that is wrong, and go on with another."""
         self._manifest.note(str(self.error(key, wanted)))
         return default
 
     def boolean(self, key: str) -> bool:
-        value = self._values.get(key, False)
-        return value if isinstance(value, bool) else self._wrong(key, "true or false", False)
+        value = self.values.get(key, False)
+        return value if isinstance(value, bool) else self.wrong(key, "true or false", False)
 
     def integer(self, key: str, default: int, low: int, high: int) -> int:
-        value = self._values.get(key, default)
+        value = self.values.get(key, default)
         if type(value) is not int or not low <= value <= high:
-            return self._wrong(key, f"an integer in {low}..{high}", default)
+            return self.wrong(key, f"an integer in {low}..{high}", default)
         return value
 
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self._values.get(key, default)
-        if not isinstance(value, str):
-            lacks = DeploymentError(f"{self._where(key)}: lacks {key}")
-            raise self.error(key, "a text") if key in self._values else lacks
-        return value
+    def text(self, key: str, default: str) -> str:
+        value = self.values.get(key, default)
+        return value if isinstance(value, str) else self.wrong(key, "a text", default)
+
+    def choice(self, key: str, default: str, known: tuple[str, ...]) -> str:
+        value = self.text(key, default)
+        return value if value in known else self.wrong(key, f"one of {', '.join(known)}", default)
 
     def paths(self, key: str) -> str:
         """Return the absolute paths of a list, one a line."""
-        value = self._values.get(key, [])
+        value = self.values.get(key, [])
         if not isinstance(value, list) or not all(isinstance(each, str) and _is_path(each) for each in value):
-            raise self.error(key, 'a list of absolute paths such as ["/srv/data"]')
+            return self.wrong(key, 'a list of absolute paths such as ["/srv/data"]', "")
         text = "\n".join(value)
         if len(text) > GRANTS_TEXT_MAX:
-            raise self.error(key, f"a list of paths with at most {GRANTS_TEXT_MAX} characters together")
+            return self.wrong(key, f"a list of paths with at most {GRANTS_TEXT_MAX} characters together", "")
         return text
 
     def duration_us(self, key: str, default: int) -> int:
-        if key not in self._values:
+        if key not in self.values:
             return default
-        match = _DURATION.fullmatch(self.text(key))
+        match = _DURATION.fullmatch(str(self.values[key]))
         value = round(float(match[1]) * _DURATION_US[match[2]]) if match else 0
         if not 1 <= value <= DEADLINE_MAX_US:
             wanted = f'a duration such as "250ms", over 0 and at most {DEADLINE_MAX_US // 1_000_000} s'
-            return self._wrong(key, wanted, default)
+            return self.wrong(key, wanted, default)
         return value
 
     def size(self, key: str, default: int, low: int, high: int) -> int:
-        if key not in self._values:
+        if key not in self.values:
             return default
-        match = _SIZE.fullmatch(self.text(key))
-        value = int(match[1]) * _SIZE_BYTES[match[2]] if match else 0
+        match = _SIZE.fullmatch(str(self.values[key]))
+        value = int(match[1]) * _SIZE_BYTES[match[2]] if match else -1
         if not low <= value <= high:
-            return self._wrong(key, f'a size such as "64MiB", from {low // MIB} MiB to {high // MIB} MiB', default)
-            example = _in_words(default).replace(" ", "")
+            example = _in_words(default or low).replace(" ", "")
             wanted = f'a size such as "{example}", from {_in_words(low)} to {_in_words(high)}'
-            return self._wrong(key, wanted, default)
+            return self.wrong(key, wanted, default)
         return value
 
 
@@ -350,39 +353,51 @@ def _read_ref(manifest: _Manifest, name: str, api: Api | None) -> ContractRef:
     raise DeploymentError(f"{where}: {problem}; declared: {declared}")
 
 
-def _read_units(directory: Path, manifest: _Manifest, contracts: dict[str, Any], api: Api | None) -> Iterator[Unit]:
-    """Yield the contracts that can be read; note what is wrong with the others."""
-    for title, table in contracts.items():
+def _read_units(
+    directory: Path, manifest: _Manifest, contracts: dict[str, Any], api: Api | None, *, is_undescribed: bool
+) -> Iterator[Unit]:
+    """Yield the contracts that can be read; note what is wrong with the others.
+
+    Where their api cannot be read (`is_undescribed`), none can, and what it does not concern is looked at.
+    """
+    no_source: LuaFunction | None = None
+    for title, values in contracts.items():
         try:
-            yield _read_unit(directory, manifest, title, table, api)
+            table = _read_table(manifest, title, values)
+            settings = _read_settings(table)
+            source = manifest.noting(partial(_read_source, directory, table), no_source)
+            if is_undescribed:
+                continue
+            ref = _read_ref(manifest, title, api)
+            if settings.workers > 1:
+                _check_workers(table, ref, settings.stateless, api)
+            if source is not None:
+                yield Unit(ref, source, settings)
         except DeploymentError as error:
             manifest.note(str(error))
 
 
-def _read_unit(directory: Path, manifest: _Manifest, name: str, values: object, api: Api | None) -> Unit:
+def _read_table(manifest: _Manifest, name: str, values: object) -> _Table:
     if not isinstance(values, dict):
         raise DeploymentError(f"{manifest.at('contract', name)}: contract.{name} is not a table")
     _refuse_unknown(manifest, ("contract", name), values, _CONTRACT_KEYS)
-    ref = _read_ref(manifest, name, api)
-    table = _Table(manifest, name, values)
+    return _Table(manifest, name, values)
+
+
+def _read_settings(table: _Table) -> Settings:
     deadline_us = table.duration_us("deadline", DEADLINE_DEFAULT_US)
-    sandbox = table.text("sandbox", DEFAULT)
-    if sandbox not in SANDBOX_LEVELS:
-        raise table.error("sandbox", f"one of {', '.join(SANDBOX_LEVELS)}")
+    sandbox = table.choice("sandbox", DEFAULT, SANDBOX_LEVELS)
     read, write, network = table.paths("read"), table.paths("write"), table.boolean("network")
     granted = next((key for key, value in (("read", read), ("write", write), ("network", network)) if value), None)
     if granted is not None and sandbox != DEFAULT:
-        raise table.error(granted, f"to be had at sandbox = {sandbox!r}; only {DEFAULT!r} has grants")
-    workers, stateless = table.integer("workers", 1, 1, WORKERS_PER_CONTRACT_MAX), table.boolean("stateless")
-    if workers > 1:
-        _check_workers(table, ref, stateless, api)
-    memory = table.size("memory", MEMORY_DEFAULT, MEMORY_MIN, MEMORY_MAX)
-    settings = Settings(
+        wanted = f"to be had at sandbox = {sandbox!r}; only {DEFAULT!r} has grants"
+        read, write, network = table.wrong(granted, wanted, ("", "", False))
+    return Settings(
         deadline_us=deadline_us,
         run_limit_us=table.duration_us("run_limit", deadline_us),
-        memory=memory,
-        workers=workers,
-        stateless=stateless,
+        memory=table.size("memory", MEMORY_DEFAULT, MEMORY_MIN, MEMORY_MAX),
+        workers=table.integer("workers", 1, 1, WORKERS_PER_CONTRACT_MAX),
+        stateless=table.boolean("stateless"),
         idempotent=table.boolean("idempotent"),
         sandbox=sandbox,
         read=read,
@@ -395,7 +410,6 @@ def _read_unit(directory: Path, manifest: _Manifest, name: str, values: object, 
         max_calls=table.integer("max_calls", 0, 0, MAX_CALLS_LIMIT),
         max_rss=table.size("max_rss", 0, RSS_MIN, RSS_MAX),
     )
-    return Unit(ref, _read_source(directory, table), settings)
 
 
 def _check_workers(table: _Table, ref: ContractRef, stateless: bool, api: Api | None) -> None:
@@ -407,7 +421,10 @@ def _check_workers(table: _Table, ref: ContractRef, stateless: bool, api: Api | 
 
 
 def _read_source(directory: Path, table: _Table) -> LuaFunction:
-    relative = Path(table.text("source"))
+    given = table.values.get("source")
+    if not isinstance(given, str):
+        raise table.error("source", "a text") if "source" in table.values else table.lacks("source")
+    relative = Path(given)
     path = directory / relative
     if path.exists() and not path.is_file():
         raise table.error("source", "a regular file")

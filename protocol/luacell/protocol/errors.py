@@ -127,21 +127,23 @@ class ProtocolError(LuacellError):
 
 
 class ApiError(LuacellError):
-    """An api.toml is not right.
+    """An api.toml is not right; where more than one thing is wrong, each has a line of the text.
 
     Attributes:
         filename: as the reader named it.
         line: from 1.
         column: in characters, from 1.
         reason: names the key or value, what is wrong, and where it helps what was probably meant.
+        others: what else is wrong; line, column and reason are those of the first.
     """
 
-    def __init__(self, filename: str, line: int, column: int, reason: str) -> None:
-        super().__init__(f"{filename}:{line}:{column}: {reason}")
+    def __init__(self, filename: str, line: int, column: int, reason: str, others: tuple[ApiError, ...] = ()) -> None:
+        super().__init__("\n".join((f"{filename}:{line}:{column}: {reason}", *map(str, others))))
         self.filename = filename
         self.line = line
         self.column = column
         self.reason = reason
+        self.others = others
 
 
 class ArgumentError(LuacellError):

@@ -6,6 +6,7 @@ import pytest
 
 from luacell.protocol.api import Array, Enum, Ptr, StringView, Struct, Void, parse
 from luacell.protocol.api.model import API_SIZE_MAX, FIELDS_MAX
+from luacell.protocol.api.tables import PROBLEMS_MAX
 from luacell.protocol.errors import ApiError, LuacellError
 from luacell.protocol.identity import GuestContractId, HostContractId, Version
 from tests.support.apis import svc
@@ -195,7 +196,70 @@ REFUSED = [
 
 @pytest.mark.parametrize(("text", "error"), REFUSED, ids=[error for _, error in REFUSED])
 def test_wrong_description_is_refused_with_its_place(text: str, error: str) -> None:
-    assert error_of(text).startswith(error)
+    assert any(line.startswith(error) for line in error_of(text).replace("\napi.toml:", "\n").split("\n"))
+
+
+def test_everything_that_is_wrong_is_told_at_once() -> None:
+    text = """typs = 1
+docs = "\\u0007"
+langs = 1
+[[types]]
+name = "u8"
+fields = [{ name = "end", type = "Strin" }, 5, { name = "b", type = "A" }, { name = "b", typ = "u8" }]
+[[types]]
+name = "A"
+fields = [{ name = "e", type = "E" }, { name = "a", type = "A" }]
+[[types]]
+name = "A"
+fields = []
+[[types]]
+name = "n-m"
+fields = 1
+[[enum]]
+name = "E"
+repr = "u9"
+bitflag = 0
+variants = [{ name = "A", value = "2 +" }, { name = "B", value = "A | 1" }, { name = "_", value = 1 }]
+[[host_contract]]
+name = "logger"
+version = "1.2.3.4"
+singleton = "no"
+[[host_contract.functions]]
+name = "f"
+params = [{ name = "self", type = "n-m" }, { name = "b", type = "Void" }]
+return = "A"
+[[host_contract.functions]]
+name = "f"
+return = { type = "B" }
+[[guest_contract]]
+name = "x.y"
+version = "99999999999"
+"""
+    with pytest.raises(ApiError) as caught:
+        parse(text, "api.toml")
+    lines = [line.removeprefix("api.toml:") for line in str(caught.value).split("\n")]
+    assert [line.split(": ")[0] for line in lines] == [
+        *("1:1", "2:8", "3:9"),
+        *("5:8", "6:20", "6:34", "6:45", "6:76", "6:85", "6:90", "9:60", "11:8", "12:10", "14:8", "15:10"),
+        *("18:8", "19:11", "20:38", "20:86", "20:99"),
+        *("22:8", "23:11", "24:13", "27:20", "27:65", "30:8", "31:19", "34:11"),
+    ]
+    assert (caught.value.line, caught.value.column, len(caught.value.others)) == (1, 1, len(lines) - 1)
+
+
+def test_what_follows_from_a_broken_declaration_is_not_told() -> None:
+    broken_variant = ENUM + 'variants = [{ name = "A", value = "1 1" }, { name = "end", value = "A" }]\n'
+    assert error_of(broken_variant + TYPE.replace("A", "B") + 'fields = [{ name = "e", type = "E" }]').count("\n") == 1
+    assert error_of(
+        TYPE.replace("A", "a b") + 'fields = [{ name = "x", type = "u8" }]\n' + FIELD.format('"y"', '"a b"')
+    )
+    assert error_of(chain(14, fields=2)).count("\n") == 0
+
+
+def test_of_very_many_problems_the_first_are_told() -> None:
+    lines = error_of("\n".join(f"wrong{number} = 1" for number in range(250))).split("\n")
+    assert len(lines) == PROBLEMS_MAX + 1
+    assert lines[-1] == "api.toml:100:1: and 150 more"
 
 
 def test_functions_differ_by_name() -> None:

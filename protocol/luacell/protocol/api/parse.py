@@ -1,12 +1,14 @@
 """From the text of an api.toml to the Api that it declares.
 
-Everything that is wrong is an ApiError, with file, line, column, the key or value, and what was probably meant. It
+Everything that is wrong is told in one ApiError, each with file, line, column, the key or value, and what was probably
+meant. What follows from something wrong is not told again: what refers to a broken declaration is taken as it is. It
 reads no file and lays out no memory.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from luacell.protocol.api.expressions import ExpressionError, evaluate
@@ -20,6 +22,7 @@ from luacell.protocol.api.model import (
     PARAMS_MAX,
     REPRS,
     TYPES_MAX,
+    U64,
     VARIANTS_MAX,
     VOID,
     Api,
@@ -31,6 +34,7 @@ from luacell.protocol.api.model import (
     Function,
     Param,
     ResultType,
+    Scalar,
     StringView,
     Struct,
     ValueType,
@@ -65,21 +69,17 @@ def parse(text: str, filename: str) -> Api:
         filename: for errors.
 
     Raises:
-        ApiError: what is wrong first, and where.
+        ApiError: what is wrong, and where; of a text that is no TOML the first.
     """
     top = Table.read(text, filename)
     top.allow(_TOP_KEYS)
     types = _Types(top)
     ids = Names("contract")
-    host_contracts = tuple(
-        _contract(table, types, ids, guest=False) for table in top.tables("host_contract", CONTRACTS_MAX)
-    )
-    guest_contracts = tuple(
-        _contract(table, types, ids, guest=True)
-        for key in ("guest_contract", "plugin_contract")
-        for table in top.tables(key, CONTRACTS_MAX)
-    )
-    return Api(types.structs, types.enums, host_contracts, guest_contracts, top.docs())
+    host_contracts = _contracts(top, ("host_contract",), types, ids, guest=False)
+    guest_contracts = _contracts(top, ("guest_contract", "plugin_contract"), types, ids, guest=True)
+    docs = top.docs()
+    top.check()
+    return Api(types.structs, types.enums, host_contracts, guest_contracts, docs)
 
 
 class _Types:
@@ -90,18 +90,41 @@ class _Types:
         self._unread: dict[str, Table] = {}
         self._open: list[str] = []  # structs that are being read, outermost first
         self._weights: dict[str, _Weight] = {}
-        names = Names("type")
+        names, again = Names("type"), list[Table]()
         for table in top.tables("types", TYPES_MAX):
             table.allow(_TYPE_KEYS)
-            name = table.identifier(_RESERVED_TYPES)
-            names.add(table, name)
-            self._unread[name] = table
-        enums = [_enum(table, names) for table in top.tables("enum", TYPES_MAX)]
-        self.enums = tuple(enums)
-        self._known.update((enum.name, enum) for enum in enums)
+            name = _claimed(table, names, _RESERVED_TYPES)
+            if name in self._unread:
+                again.append(table)
+            else:
+                self._unread[name] = table
+        self.enums = tuple(_enum(table, names) for table in top.tables("enum", TYPES_MAX))
+        self._known.update((enum.name, enum) for enum in self.enums)
         self.structs = tuple(self._struct(name) for name in list(self._unread))
+        for table in again:  # whose names were taken: what else is wrong with them
+            self._fields(table)
 
-    def member(self, table: Table, kind: str) -> ValueType:
+    def members(
+        self,
+        table: Table,
+        key: str,
+        count_max: int,
+        kind: str,
+        reserved: Collection[str] = (),
+        *,
+        required: bool = False,
+    ) -> list[tuple[str, ValueType, str]]:
+        """Return name, type and docs of the fields of a struct, or the parameters of a function, that can be read."""
+        names = Names(kind)
+        found: list[tuple[str, ValueType, str]] = []
+        for item in table.tables(key, count_max, required=required):
+            item.allow(_MEMBER_KEYS)
+            name = _claimed(item, names, reserved)
+            with item.noting():
+                found.append((name, self._member(item, kind), item.docs()))
+        return found
+
+    def _member(self, table: Table, kind: str) -> ValueType:
         """Resolve the type of a field or parameter."""
         resolved = self.named(table)
         if isinstance(resolved, Void):
@@ -152,18 +175,16 @@ class _Types:
             return known
         table = self._unread[name]
         self._open.append(name)
-        names = Names("field")
-        fields: list[Field] = []
-        for item in table.tables("fields", FIELDS_MAX, required=True):
-            item.allow(_MEMBER_KEYS)
-            field = Field(item.identifier(), self.member(item, "field"), item.docs())
-            names.add(item, field.name)
-            fields.append(field)
-        struct = Struct(name, tuple(fields), table.docs())
+        fields = self._fields(table)
+        struct = Struct(name, fields, table.docs())
         self._weights[name] = _weigh(table, [self.weight(field.type) for field in fields])
         self._open.pop()
         self._known[name] = struct
         return struct
+
+    def _fields(self, table: Table) -> tuple[Field, ...]:
+        members = self.members(table, "fields", FIELDS_MAX, "field", required=True)
+        return tuple(Field(*member) for member in members)
 
 
 class _Weight:
@@ -175,60 +196,91 @@ class _Weight:
         self.arrays = arrays
 
 
+_NO_WEIGHT: Final = _Weight(0, 0, False)
+
+
 def _weigh(table: Table, parts: list[_Weight]) -> _Weight:
-    """Add up the parts of a struct, or of a function's parameters."""
+    """Add up the parts of a struct, or of a function's parameters; what is too heavy is noted and weighs nothing."""
     leaves = sum(part.leaves for part in parts)
     if leaves > LEAVES_MAX:
-        raise table.error("name", f"{leaves} scalars and pointers in all; the limit is {LEAVES_MAX}")
+        table.note(table.error("name", f"{leaves} scalars and pointers in all; the limit is {LEAVES_MAX}"))
+        return _NO_WEIGHT
     depth = 1 + max((part.depth for part in parts), default=0)
     if depth > NESTING_MAX:
-        raise table.error("name", f"{depth} structs are nested; the limit is {NESTING_MAX}")
+        table.note(table.error("name", f"{depth} structs are nested; the limit is {NESTING_MAX}"))
+        return _NO_WEIGHT
     return _Weight(leaves, depth, any(part.arrays for part in parts))
+
+
+def _claimed(table: Table, names: Names, reserved: Collection[str] = ()) -> str:
+    """Return the name of a table, which none of its kind has had; where it is wrong, note that."""
+    with table.noting():
+        name = table.identifier(reserved)
+        names.add(table, name)
+    return str(table.values.get("name"))
 
 
 def _enum(table: Table, types: Names) -> Enum:
     table.allow(_ENUM_KEYS)
-    name = table.identifier(_RESERVED_TYPES)
-    types.add(table, name)
-    written = table.text("repr")
-    if written not in REPRS:
-        raise table.error("repr", f"repr {shown(written)} is none of {', '.join(REPRS)}")
-    holder = REPRS[written]
+    name = _claimed(table, types, _RESERVED_TYPES)
+    holder = U64  # the widest, where it is not known
+    with table.noting():
+        holder = _repr(table)
     names = Names("variant")
     values: dict[str, int] = {}
     variants: list[Variant] = []
     for item in table.tables("variants", VARIANTS_MAX, required=True):
         item.allow(_VARIANT_KEYS)
-        variant = item.identifier(_RESERVED_VARIANTS)
+        variant = _claimed(item, names, _RESERVED_VARIANTS)
         if variant.startswith("_") and variant.endswith("_"):
-            raise item.error("name", f"name {variant!r} is reserved: no Python enum can have it")
-        names.add(item, variant)
-        expression = item.text("value")
-        try:
-            values[variant] = evaluate(expression, values, holder)
-        except ExpressionError as error:
-            raise item.error("value", f"value {shown(expression)}: {error}", offset=error.offset) from None
-        variants.append(Variant(variant, values[variant], item.docs()))
+            item.note(item.error("name", f"name {variant!r} is reserved: no Python enum can have it"))
+        value = 0  # where it cannot be read: others may refer to it
+        with item.noting():
+            value = _variant_value(item, values, holder)
+        values[variant] = value
+        variants.append(Variant(variant, value, item.docs()))
     return Enum(name, holder, table.boolean("bitflag"), tuple(variants), table.docs())
 
 
-def _contract(table: Table, types: _Types, ids: Names, *, guest: bool) -> Contract:
-    table.allow(_GUEST_KEYS if guest else _HOST_KEYS)
+def _repr(table: Table) -> Scalar:
+    written = table.text("repr")
+    if written not in REPRS:
+        raise table.error("repr", f"repr {shown(written)} is none of {', '.join(REPRS)}")
+    return REPRS[written]
+
+
+def _variant_value(table: Table, earlier: Mapping[str, int], holder: Scalar) -> int:
+    expression = table.text("value")
+    try:
+        return evaluate(expression, earlier, holder)
+    except ExpressionError as error:
+        raise table.error("value", f"value {shown(expression)}: {error}", offset=error.offset) from None
+
+
+def _contracts(top: Table, keys: tuple[str, ...], types: _Types, ids: Names, *, guest: bool) -> tuple[Contract, ...]:
+    found: list[Contract] = []
+    for table in (each for key in keys for each in top.tables(key, CONTRACTS_MAX)):
+        table.allow(_GUEST_KEYS if guest else _HOST_KEYS)
+        functions = _functions(table, types)
+        singleton, docs = table.boolean("singleton"), table.docs()
+        with table.noting():
+            name, version = _named(table, ids, guest=guest)
+            found.append(Contract(name, version, singleton, functions, guest, docs))
+    return tuple(found)
+
+
+def _named(table: Table, ids: Names, *, guest: bool) -> tuple[str, Version]:
+    """Read what makes up the id of a contract, which no other one of the file has."""
+    version = Version(1)
+    with table.noting():
+        version = _version(table)
     name = table.text("name")
-    version = _version(table)
     try:
         contract_id = (GuestContractId if guest else HostContractId)(name, version.major)
     except ValueError as error:
         raise table.error("name", str(error)) from None
     ids.add(table, f"{name}@{version.major}", int(contract_id))
-    names = Names("function")
-    functions: list[Function] = []
-    for index, item in enumerate(table.tables("functions", FUNCTIONS_MAX)):
-        item.allow(_FUNCTION_KEYS)
-        function = _function(item, index, types)
-        names.add(item, function.name)
-        functions.append(function)
-    return Contract(name, version, table.boolean("singleton"), tuple(functions), guest, table.docs())
+    return name, version
 
 
 def _version(table: Table) -> Version:
@@ -238,18 +290,20 @@ def _version(table: Table) -> Version:
         raise table.error("version", str(error)) from None
 
 
-def _function(table: Table, index: int, types: _Types) -> Function:
-    name = table.identifier()
-    names = Names("parameter")
-    params: list[Param] = []
-    for item in table.tables("params", PARAMS_MAX):
-        item.allow(_MEMBER_KEYS)
-        param = Param(item.identifier(_RESERVED_PARAMS), types.member(item, "parameter"), item.docs())
-        names.add(item, param.name)
-        params.append(param)
-    _weigh(table, [types.weight(param.type) for param in params])
-    result, result_docs = _result(table, types)
-    return Function(name, index, tuple(params), result, table.docs(), result_docs)
+def _functions(table: Table, types: _Types) -> tuple[Function, ...]:
+    names = Names("function")
+    functions: list[Function] = []
+    for index, item in enumerate(table.tables("functions", FUNCTIONS_MAX)):
+        item.allow(_FUNCTION_KEYS)
+        name = _claimed(item, names)
+        params = tuple(
+            Param(*member) for member in types.members(item, "params", PARAMS_MAX, "parameter", _RESERVED_PARAMS)
+        )
+        _weigh(item, [types.weight(param.type) for param in params])
+        with item.noting():
+            result, result_docs = _result(item, types)
+            functions.append(Function(name, index, params, result, item.docs(), result_docs))
+    return tuple(functions)
 
 
 def _result(table: Table, types: _Types) -> tuple[ResultType, str]:

@@ -1,6 +1,7 @@
 """Tables of a TOML text, read strictly: what is unknown, missing or of the wrong type is an ApiError with its place.
 
-It knows TOML, names and places; what the tables mean is `parse`'s affair.
+It knows TOML, names and places; what the tables mean is `parse`'s affair. What is wrong is raised where there is
+nothing to go on with, else noted, so that a text is told everything that is wrong with it at once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import keyword
 import re
 import tomllib
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from luacell.protocol.api.model import API_SIZE_MAX, IDENTIFIER_MAX
@@ -26,6 +29,7 @@ _IDENTIFIER: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _PLACE: Final = re.compile(r"(.*) \(at line ([0-9]+), column ([0-9]+)\)", re.DOTALL)
 _SHOWN_MAX: Final = 60  # characters of a value in an error text
+PROBLEMS_MAX: Final = 100  # that are told of one text; more than a terminal shows
 _KINDS: Final[dict[type, str]] = {
     bool: "a boolean",
     int: "an integer",
@@ -36,21 +40,28 @@ _KINDS: Final[dict[type, str]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """What the tables of one text share: its name for errors, its places, and what was noted."""
+
+    filename: str
+    positions: Positions
+    problems: list[ApiError] = field(default_factory=list)
+
+
 class Table:
     """One table, and the whole text it is from.
 
     Args:
         values: as tomllib read them.
         path: keys and indices that lead to it.
-        filename: for errors.
-        positions: of the text.
+        text: it is from.
     """
 
-    def __init__(self, values: dict[str, Any], path: Path, filename: str, positions: Positions) -> None:
+    def __init__(self, values: dict[str, Any], path: Path, text: _Text) -> None:
         self.values = values
         self.path = path
-        self._filename = filename
-        self._positions = positions
+        self._text = text
 
     @classmethod
     def read(cls, text: str, filename: str) -> Table:
@@ -64,7 +75,7 @@ class Table:
             raise ApiError(filename, 1, 1, f"a description of {size} bytes; the limit is {API_SIZE_MAX}")
         text = text.replace("\r\n", "\n")
         try:
-            return cls(tomllib.loads(text), (), filename, Positions(text))
+            return cls(tomllib.loads(text), (), _Text(filename, Positions(text)))
         except RecursionError:
             raise ApiError(filename, 1, 1, "arrays or tables are nested too deeply") from None
         except ValueError as error:
@@ -77,7 +88,35 @@ class Table:
     @property
     def line(self) -> int:
         """Where it begins."""
-        return self._positions.value(self.path).line
+        return self._text.positions.value(self.path).line
+
+    # -- what is wrong --------------------------------------------------------------------------------------------
+    def note(self, error: ApiError) -> None:
+        """Remember what is wrong with the text, to go on and find what else is."""
+        self._text.problems.append(error)
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note what is raised within, and go on behind it."""
+        try:
+            yield
+        except ApiError as error:
+            self.note(error)
+
+    def check(self) -> None:
+        """Return where nothing was noted.
+
+        Raises:
+            ApiError: with all that was, in the order of the text.
+        """
+        problems = sorted(self._text.problems, key=lambda each: (each.line, each.column))
+        if not problems:
+            return
+        first, *others = problems[:PROBLEMS_MAX]
+        if len(problems) > PROBLEMS_MAX:
+            left = len(problems) - PROBLEMS_MAX
+            others.append(ApiError(first.filename, others[-1].line, others[-1].column, f"and {left} more"))
+        raise ApiError(first.filename, first.line, first.column, first.reason, tuple(others))
 
     def error(self, key: str, reason: str, *, offset: int = 0) -> ApiError:
         """Return an error about the value of a key, or about the table where it lacks that key.
@@ -87,22 +126,19 @@ class Table:
             reason: what is wrong.
             offset: characters into a text value.
         """
-        line, column = self._positions.value((*self.path, key))
-        return ApiError(self._filename, line, column + (1 + offset if offset else 0), reason)
+        line, column = self._text.positions.value((*self.path, key))
+        return ApiError(self._text.filename, line, column + (1 + offset if offset else 0), reason)
 
     def error_at_key(self, key: str, reason: str) -> ApiError:
         """Return an error about a key itself."""
-        return ApiError(self._filename, *self._positions.key((*self.path, key)), reason)
+        return ApiError(self._text.filename, *self._text.positions.key((*self.path, key)), reason)
 
+    # -- what it holds --------------------------------------------------------------------------------------------
     def allow(self, known: Collection[str]) -> None:
-        """Refuse keys that are not known.
-
-        Raises:
-            ApiError: names the first of them and what was probably meant.
-        """
+        """Note keys that are not known, and what was probably meant."""
         for key in self.values:
             if key not in known:
-                raise self.error_at_key(key, f"unknown key {shown(key)}{meant(key, known)}")
+                self.note(self.error_at_key(key, f"unknown key {shown(key)}{meant(key, known)}"))
 
     def text(self, key: str) -> str:
         """Return a text.
@@ -116,14 +152,11 @@ class Table:
         return value
 
     def boolean(self, key: str) -> bool:
-        """Return a boolean; false where the key is missing.
-
-        Raises:
-            ApiError: it is none.
-        """
+        """Return a boolean; false where the key is missing, and where it is none, which is noted."""
         value = self.values.get(key, False)
         if type(value) is not bool:
-            raise self.mismatch(key, value, "true or false")
+            self.note(self.mismatch(key, value, "true or false"))
+            return False
         return value
 
     def identifier(self, reserved: Collection[str] = ()) -> str:
@@ -152,11 +185,21 @@ class Table:
         return name
 
     def tables(self, key: str, count_max: int, *, required: bool = False) -> Iterator[Table]:
-        """Return the tables of an array.
+        """Yield the tables of an array; note where it is none, has too many, or none where one is required.
 
-        Raises:
-            ApiError: it is no array of tables, has too many, or none where one is required.
+        What is wrong with a table, and raised while it is at hand, is its caller's to catch.
         """
+        found: list[Any] = []
+        with self.noting():
+            found = self._array(key, count_max, required=required)
+        for index, item in enumerate(found):
+            if type(item) is dict:
+                yield Table(item, (*self.path, key, index), self._text)
+                continue
+            position = self._text.positions.value((*self.path, key, index))
+            self.note(ApiError(self._text.filename, *position, f"{key}[{index}] is {kind_of(item)}, not a table"))
+
+    def _array(self, key: str, count_max: int, *, required: bool) -> list[Any]:
         value = self._required(key) if required else self.values.get(key, [])
         if type(value) is not list:
             raise self.mismatch(key, value, "an array of tables")
@@ -164,34 +207,29 @@ class Table:
             raise self.error(key, f"{key} is empty; it needs at least one")
         if len(value) > count_max:
             raise self.error(key, f"{len(value)} {key}; the limit is {count_max}")
-        for index, item in enumerate(value):
-            if type(item) is not dict:
-                position = self._positions.value((*self.path, key, index))
-                raise ApiError(self._filename, *position, f"{key}[{index}] is {kind_of(item)}, not a table")
-            yield Table(item, (*self.path, key, index), self._filename, self._positions)
+        return value
 
     def table(self, key: str) -> Table:
         """Return the table of a key whose value is one."""
-        return Table(self.values[key], (*self.path, key), self._filename, self._positions)
+        return Table(self.values[key], (*self.path, key), self._text)
 
     def docs(self) -> str:
-        """Return the `docs` of this table, and check that `langs` is a table.
+        """Return the `docs` of this table, and look whether `langs` is a table.
 
-        `docs` is a text, or a table whose texts follow each other as paragraphs.
-
-        Raises:
-            ApiError: either is of another type, or the text holds control characters, which a terminal would obey.
+        `docs` is a text, or a table whose texts follow each other as paragraphs. It is noted where either is of another
+        type, or the text holds control characters, which a terminal would obey.
         """
         if type(self.values.get("langs", {})) is not dict:
-            raise self.mismatch("langs", self.values["langs"], "a table")
+            self.note(self.mismatch("langs", self.values["langs"], "a table"))
         docs = self.values.get("docs", "")
         if type(docs) is dict:
             docs = "\n\n".join(text.strip() for text in docs.values() if type(text) is str)
         if type(docs) is not str:
-            raise self.mismatch("docs", docs, "a text or a table")
+            self.note(self.mismatch("docs", docs, "a text or a table"))
+            return ""
         control = _CONTROL.search(docs)
         if control:
-            raise self.error("docs", f"docs hold the control character {control[0]!r}")
+            self.note(self.error("docs", f"docs hold the control character {control[0]!r}"))
         return docs.strip()
 
     def mismatch(self, key: str, value: object, wanted: str) -> ApiError:
