@@ -23,7 +23,7 @@ from tests.support.waiting import LIMIT_S, eventually
 
 VERBS = (
     *("serve", "broker", "worker-host", "deploy", "undeploy", "dev", "register", "unregister", "revive", "call"),
-    *("ls", "health", "demo", "bench", "validate", "explain", "stubs", "new", "crash"),
+    *("ls", "health", "demo", "bench", "validate", "explain", "stubs", "new", "crash", "doctor"),
 )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from luacell.cli.reproduction import INSTANCE_HEAD_SIZE
-from luacell.protocol.messages import API_MODULE, CREATE, DESTROY, FETCH, IN_INSTANCE
+from luacell.protocol.messages import API_MODULE, CREATE, DESTROY, FETCH, FUNCTION_MASK, IN_INSTANCE
 
 if TYPE_CHECKING:
     from luacell.client import Crash
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 DUMP_MAX: Final = 1024  # bytes that a dump shows: 64 lines, a screen or two
 
 _LINE: Final = 16  # bytes
-_FUNCTION_MASK: Final = 0xFFFF
 
 
 def decoded(crash: Crash) -> dict[str, Any] | None:
@@ -31,7 +30,7 @@ def decoded(crash: Crash) -> dict[str, Any] | None:
     info, text, args = crash.info, crash.modules.get(API_MODULE), crash.args or b""
     fn_id = info.fn_id
     if fn_id >= IN_INSTANCE:  # where the contract is typed
-        fn_id, args = fn_id & _FUNCTION_MASK, args[INSTANCE_HEAD_SIZE:]
+        fn_id, args = fn_id & FUNCTION_MASK, args[INSTANCE_HEAD_SIZE:]
     if text is None or fn_id in (CREATE, DESTROY, FETCH) or info.args_kept < info.args_size:
         return None
     try:

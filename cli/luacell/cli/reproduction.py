@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from luacell.cli.console import UsageError
 from luacell.protocol.limits import KIB, MIB
-from luacell.protocol.messages import API_MODULE, CREATE, DESTROY, FETCH, IN_INSTANCE, Settings
+from luacell.protocol.messages import API_MODULE, CREATE, DESTROY, FETCH, FUNCTION_MASK, IN_INSTANCE, Settings
 
 if TYPE_CHECKING:
     from luacell.client import Crash, CrashInfo
@@ -27,7 +27,6 @@ INSTANCE_HEAD_SIZE: Final = 16  # bytes that name an instance, before the argume
 
 _API: Final = "api.toml"
 _RESERVED: Final = ":"  # begins the names of what is among modules without being one
-_FUNCTION_MASK: Final = 0xFFFF  # of a call in an instance: the function, or the deed
 _NAME_MAX: Final = 255  # bytes of a file's name
 
 
@@ -108,7 +107,7 @@ def _without_instance(info: CrashInfo, args: bytes) -> tuple[int, bytes]:
     """
     if info.fn_id < IN_INSTANCE:
         return info.fn_id, args
-    function = info.fn_id & _FUNCTION_MASK
+    function = info.fn_id & FUNCTION_MASK
     if function == CREATE:
         return IN_INSTANCE | CREATE, args
     if function in (DESTROY, FETCH):
