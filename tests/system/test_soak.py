@@ -8,10 +8,13 @@ import time
 
 import pytest
 
-from tests.soak import chaos, crashes, crowds, kills, million
+from tests.soak import chaos, crashes, crowds, kills, million, recovery
 from tests.soak.chaos import Host
 from tests.soak.history import GRACE_S, VALUE, WRONG, End, History
+from tests.soak.recovery import Limits
+from tests.soak.remains import GONE_WITHIN_S
 from tests.soak.report import Report
+from tests.support.waiting import LIMIT_S
 
 SEED = 1
 BACK_WITHIN_S = 2.0  # twice the promise, which `make test-soak` asserts
@@ -36,6 +39,10 @@ def test_chaos_leaves_every_call_with_one_right_answer() -> None:
 
 def test_many_calls_leave_memory_and_descriptors_as_they_are() -> None:
     million.run(SEED, calls=20_000, sequential=500, judges_pace=False).check()
+
+
+def test_recovery_is_measured_and_leaves_nobody_behind() -> None:
+    recovery.run(SEED, rounds=1, limits=Limits(BACK_WITHIN_S, GONE_WITHIN_S, LIMIT_S, LIMIT_S)).check()
 
 
 # -- the checker ----
