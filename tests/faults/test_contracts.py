@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from luacell.client import (
     VmRegistrationFailed,
     WorkerCrashed,
 )
-from tests.support.contracts import CALL_FAILED, HEALTHY, PROBE, Stopwatch, answers, failure, refusal
+from tests.support.contracts import CALL_FAILED, HEALTHY, PROBE, Stopwatch, answers, deploy, failure, refusal
 from tests.support.processes import Processes, broker_pid, run_directory, worker_of
 from tests.support.scheduling import Delays
 from tests.support.typed_contracts import deploy_typed
@@ -168,6 +169,84 @@ def test_c25_c94_memory_bombs_are_out_of_memory(bridge: LuaHostBridge, contract:
         assert isinstance(failure(bridge, PROBE, 1), OutOfMemory)
         assert worker.ends_within()
     assert serves(bridge)
+
+
+TAKE = "void *malloc(size_t); void *memset(void *, int, size_t); void *mmap(void *, size_t, int, int, int, long);"
+MAP = "ffi.C.mmap(nil, 2^20, 3, {flags}, -1, 0)"
+FAILED = "ffi.cast('void *', -1)"
+
+
+def fill(bridge: LuaHostBridge, contract: Thrower, body: str) -> None:
+    """Deploy a contract that takes memory of C, up to twice its max_rss, the least there is: 128 MiB."""
+    contract(body, TAKE, memory="1MiB", max_rss="64MiB")
+    assert serves(bridge)
+
+
+@pytest.mark.parametrize("size", [64, 4096, 1 << 20])
+def test_c30_memory_of_c_without_end_is_a_segfault_where_nobody_looks(
+    bridge: LuaHostBridge, contract: Thrower, size: int
+) -> None:
+    fill(bridge, contract, f"while true do ffi.C.memset(ffi.C.malloc({size}), 1, {size}) end")
+    assert crash(bridge).signal == signal.SIGSEGV
+
+
+@pytest.mark.parametrize(
+    "take",
+    ["ffi.C.malloc(2^20)", f"{MAP.format(flags=0x22)} if p == {FAILED} then p = nil end"],
+    ids=["malloc", "mmap"],
+)
+def test_c30_memory_of_c_without_end_is_the_contract_s_own_error_where_it_looks(
+    bridge: LuaHostBridge, contract: Thrower, take: str
+) -> None:
+    fill(
+        bridge,
+        contract,
+        f"local count = 0 while true do local p = {take} if p == nil then error('none after ' .. count) end "
+        "ffi.C.memset(p, 1, 2^20) count = count + 1 end",
+    )
+    error = failure(bridge, PROBE, 1)
+    assert isinstance(error, HostContractCallFailed)
+    count = int(error.message.partition("none after ")[2].partition("\n")[0])
+    assert 96 < count <= 128
+    assert serves(bridge)
+
+
+def test_c30_vm_that_c_left_no_memory_is_out_of_memory(bridge: LuaHostBridge, contract: Thrower) -> None:
+    fill(bridge, contract, "while ffi.C.malloc(2^20) ~= nil do end local t = {} for n = 1, 1e6 do t[n] = { n } end")
+    assert isinstance(failure(bridge, PROBE, 1), OutOfMemory)
+    assert serves(bridge)
+
+
+@pytest.mark.parametrize("flags", [0x21, 0x122], ids=["shared", "growing"])
+def test_c30_memory_that_no_limit_counts_is_refused(bridge: LuaHostBridge, contract: Thrower, flags: int) -> None:
+    fill(
+        bridge, contract, f"ffi.cast('int *', out + 4)[0] = {MAP.format(flags=flags)} == {FAILED} and ffi.errno() or 0"
+    )
+    assert returned(bridge) == [errno.EPERM]
+
+
+def test_c30_limits_cannot_be_raised(bridge: LuaHostBridge, contract: Thrower) -> None:
+    contract(
+        "local n, limit = ffi.cast('int *', out + 4), ffi.new('unsigned long[2]') "
+        "for place, which in ipairs({ 2, 9 }) do "
+        "  ffi.C.getrlimit(which, limit) limit[0] = limit[0] + 1 limit[1] = limit[1] + 1 "
+        "  n[place - 1] = ffi.C.setrlimit(which, limit) end",
+        "int getrlimit(int, unsigned long *); int setrlimit(int, unsigned long *);",
+    )
+    assert returned(bridge, 2) == [-1, -1]
+
+
+def test_c28_c30_memory_bombs_while_loading_are_failures_to_load(bridge: LuaHostBridge, level: str) -> None:
+    bombs = {
+        "while true do ffi.C.memset(ffi.C.malloc(2^20), 1, 2^20) end": "signal 11 (SIGSEGV)",
+        "while true do assert(ffi.C.malloc(2^20) ~= nil, 'no more') end": "no more",
+        "local t = {} while true do t[#t + 1] = ffi.new('char[4096]') end": "memory",
+    }
+    for bomb, words in bombs.items():
+        source = f'local ffi = require("ffi") ffi.cdef[[{TAKE}]] {bomb}'
+        with pytest.raises(VmRegistrationFailed, match=re.escape(words)):
+            deploy(bridge, source, memory="1MiB", max_rss="64MiB", sandbox=level)
+        assert answers(bridge, HEALTHY)
 
 
 def test_c29_array_of_2_to_the_40_bytes_is_refused_or_empty(bridge: LuaHostBridge, contract: Thrower) -> None:

@@ -95,7 +95,6 @@ PROBES = {
         "memfd_create('x', 0)",
         "int memfd_create(const char *, unsigned);",
         "os.memfd_create('x')",
-        HARDENED_ONLY,
     ),
     "io_uring_setup": Probe(425, "1, nil"),
     "userfaultfd": Probe(323, "0"),

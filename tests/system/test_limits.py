@@ -1,17 +1,43 @@
 """Limits of single contracts, as `luacell.toml` has them: each holds, and is named when it is hit."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from luacell.client import LuaHostBridge
+from luacell.client import LuaHostBridge, VmRegistrationFailed
 from luacell.protocol.errors import Busy
-from tests.support.contracts import PROBE, deploy, function, unregister_all
+from luacell.protocol.limits import MIB, PAYLOAD_MAX, RSS_MIN, STATE_MAX
+from tests.support.contracts import ECHO, PROBE, deploy, function, unregister_all
 from tests.support.serving import Serving
+from tests.support.typed_contracts import COUNTER_LUA, counter_api, deploy_typed
 from tests.support.waiting import eventually
 
 SLOW = function("local till = os.clock() + 0.2; while os.clock() < till do end")
+# 200 loops, each of them compiled.
+COMPILED = function("""
+  local sum = 0
+  for number = 1, 200 do
+    local loop = assert(loadstring("local sum = 0 for n = 1, 100 do sum = sum + n end return sum -- " .. number))
+    sum = sum + loop()
+  end
+  ffi.cast("uint64_t *", out)[0] = sum
+""")
+# Saves as large a state as there may be, and adds what was lost of it to what is counted.
+KEEPING = f"""
+function Counter:save() return tostring(self.n) .. ("x"):rep({STATE_MAX} - 1) end
+function Counter:restore(text) self.n = tonumber(text:sub(1, 1)) + #text - 1 end
+return Counter
+"""
+# Has 70 MiB from the beginning, beside the 15 of every worker.
+HOARD = """
+local ffi = require("ffi")
+ffi.cdef "void *malloc(size_t); void *memset(void *, int, size_t);"
+ffi.C.memset(ffi.C.malloc(70 * 2^20), 1, 70 * 2^20)
+return function() end
+"""
 PRINTING = function("for number = 1, 100 do io.stdout:write(string.rep('x', 99), '\\n') end")
 
 
@@ -68,3 +94,52 @@ def test_what_a_contract_prints_beyond_its_limit_is_cut_and_counted(
     kept, cut = told()
     assert 0 < kept <= (2048 if key == "max_output" else 6144)
     assert cut == 20_000 - kept
+
+
+# What a contract may need beside its Lua heap, where that and max_rss are the smallest there are.
+LEAST = {"memory": "1MiB", "max_rss": f"{RSS_MIN // MIB}MiB"}
+
+
+@pytest.mark.parametrize("sandbox", ["default", "hardened"])
+@pytest.mark.parametrize("settings", [LEAST, {}], ids=["least", "usual"])
+def test_payloads_of_all_sizes_pass_whatever_memory_a_contract_may_have(
+    bridge: LuaHostBridge, sandbox: str, settings: dict[str, str]
+) -> None:
+    deploy(bridge, ECHO, sandbox=sandbox, **settings)
+    for size in (PAYLOAD_MAX, MIB, PAYLOAD_MAX):
+        args = os.urandom(64) * (size // 64)
+        assert bridge.call(PROBE, size, args, size) == args
+
+
+@pytest.mark.parametrize("sandbox", ["default", "hardened"])
+def test_code_is_compiled_whatever_memory_a_contract_may_have(bridge: LuaHostBridge, sandbox: str) -> None:
+    """Machine code is mapped apart from the Lua heap, and made writable and executable by turns."""
+    deploy(bridge, COMPILED, sandbox=sandbox, **LEAST)
+    assert int.from_bytes(bridge.call(PROBE, 0, None, 8), "little") == 200 * 5050
+
+
+def test_the_largest_state_is_carried_in_little_memory(bridge: LuaHostBridge, tmp_path: Path) -> None:
+    lua = COUNTER_LUA.replace("return Counter\n", KEEPING)
+    for number in range(2):
+        counter = deploy_typed(
+            bridge, tmp_path, counter_api(singleton=True), lua, memory="16MiB", max_rss=LEAST["max_rss"]
+        )
+        assert counter.add(1) == 1 + number * STATE_MAX
+
+
+@pytest.mark.parametrize("sandbox", ["default", "hardened"])
+def test_contract_that_is_at_max_rss_once_it_has_loaded_is_refused(bridge: LuaHostBridge, sandbox: str) -> None:
+    with pytest.raises(VmRegistrationFailed, match=r"8\d MiB of memory as soon as it has loaded.*max_rss 64 MiB"):
+        deploy(bridge, HOARD, max_rss="64MiB", sandbox=sandbox)
+    deploy(bridge, HOARD, max_rss="128MiB", sandbox=sandbox)
+    bridge.call(PROBE, 0)
+
+
+def test_memory_that_only_loading_took_does_not_count(service: Serving, bridge: LuaHostBridge) -> None:
+    name = "host.tidy@1"
+    deploy(
+        bridge, "local made = {} for n = 1, 1e6 do made[n] = { n } end\n" + ECHO, name, memory="512MiB", max_rss="64MiB"
+    )
+    for _ in range(200):
+        bridge.call(name, 1, b"x", 1)
+    assert service.records("worker recycled", contract=name) == []

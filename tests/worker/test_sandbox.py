@@ -122,6 +122,12 @@ def test_program_is_short_enough_for_the_kernel(program: bytes) -> None:
         pytest.param(302, (STRANGER, 0), REFUSED, id="a stranger's limits"),
         pytest.param(157, (1, 0), REFUSED, id="prctl to outlive the parent"),
         pytest.param(157, (4, 1), REFUSED, id="prctl to be looked into"),
+        pytest.param(9, (0, 4096, 3, 0x22), ALLOW, id="mmap of private memory"),
+        pytest.param(9, (0, 4096, 3, 0x01), ALLOW, id="mmap of a shared file"),
+        pytest.param(9, (0, 4096, 3, 0x21), REFUSED, id="mmap of memory shared with nobody"),
+        pytest.param(9, (0, 4096, 3, 0x8023), REFUSED, id="mmap of the same, with flags checked"),
+        pytest.param(9, (0, 4096, 3, 0x122), REFUSED, id="mmap of memory that grows like a stack"),
+        pytest.param(9, (0, 4096, 3, 0x102), REFUSED, id="mmap of a file that does"),
         pytest.param(142, (STRANGER,), PRETENDED, id="sched_setparam"),
         pytest.param(203, (STRANGER,), REFUSED, id="a stranger's processors"),
         pytest.param(157, (15,), ALLOW, id="prctl to name a thread"),
@@ -177,6 +183,10 @@ def test_what_is_hardened_allows_nothing_that_the_default_denies(program: bytes)
     ("number", "arguments", "verdict"),
     [
         pytest.param(0, (), ALLOW, id="read"),
+        pytest.param(9, (0, 4096, 3, 0x22), ALLOW, id="mmap of private memory"),
+        pytest.param(9, (0, 4096, 3, 0x01), ALLOW, id="mmap of a shared file"),
+        pytest.param(9, (0, 4096, 3, 0x21), REFUSED, id="mmap of memory shared with nobody"),
+        pytest.param(9, (0, 4096, 3, 0x122), REFUSED, id="mmap of memory that grows like a stack"),
         pytest.param(2, (), REFUSED, id="open"),
         pytest.param(257, (), REFUSED, id="openat"),
         pytest.param(437, (), REFUSED, id="openat2"),
@@ -388,7 +398,7 @@ def test_call_of_the_32_bit_door_kills() -> None:
     code = "b814000000cd80c3"
     script = f"""
 import mmap
-page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+page = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
 page.write(bytes.fromhex("{code}"))
 ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
 os._exit(0)
@@ -560,6 +570,21 @@ except attributes.SandboxUnavailable as refusal:
     assert layer == "stack limit"
     assert str(16 << 20) in reason
     assert kept == [8 << 20, 16 << 20]
+
+
+def test_memory_is_bounded_for_good_and_never_beyond_what_it_was() -> None:
+    script = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+attributes.drop_capabilities()
+attributes.limit_memory(1 << 30, 4 << 30)
+held = [resource.getrlimit(each) for each in (resource.RLIMIT_DATA, resource.RLIMIT_AS)]
+try:
+    resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30))
+except ValueError:
+    print(json.dumps(held))
+"""
+    assert answer(script, confined=False) == [[1 << 30] * 2, [3 << 30] * 2]
 
 
 def test_a_stack_grows_to_the_new_limit_in_a_running_process() -> None:

@@ -40,7 +40,13 @@ ROWS: Final = (
     Row("C26", "fills a table for ever", _NO_MEMORY, "the VM's own counter; the worker is not used again"),
     Row("C28", "ffi.new until memory is out", _NO_MEMORY, "the VM's own counter"),
     Row("C29", "ffi.new of 2^40 bytes", "102 or OUT_OF_MEMORY; never a wrong size", "the VM's own counter"),
-    Row("C30", "malloc and memset until memory is out", _NO_MEMORY, "RLIMIT_DATA, RLIMIT_AS", due="limits"),
+    Row(
+        "C30",
+        "malloc and memset until memory is out",
+        "signal 11 where it does not look at what malloc gave, its own error where it does, OUT_OF_MEMORY where Lua "
+        "gets none; the next call works",
+        "RLIMIT_DATA at twice max_rss; seccomp for memory that it does not count",
+    ),
     Row(
         "C32",
         "a chain of closures without end",

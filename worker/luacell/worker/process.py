@@ -35,7 +35,8 @@ from luacell.protocol.memory.segments import Mapping
 from luacell.protocol.messages import API_MODULE, decode, encode, id_of
 from luacell.protocol.slots import DONE_OFFSET, PAYLOAD_OFFSET, SLOT_SHIFT, read_answer
 from luacell.worker.binding import binding_source
-from luacell.worker.sandbox.attributes import SandboxUnavailable, die_with_parent
+from luacell.worker.sandbox import memory
+from luacell.worker.sandbox.attributes import SandboxUnavailable, die_with_parent, limit_memory, trim_heap
 from luacell.worker.sandbox.levels import Preparation, Sandbox
 from luacell.worker.vm import OutOfLuaMemory, Vm
 
@@ -47,6 +48,7 @@ _UNBUFFERED: Final = 2  # _IONBF of stdio.h
 EXIT_BROKEN: Final = 70  # the worker itself cannot go on (EX_SOFTWARE)
 OUT_OF_MEMORY_TEXT: Final = b"Lua exception: not enough memory"
 _LATE: Final = frozenset({Op.RESULT_INLINE, Op.PIECE, Op.MORE, Op.FAILURE, Op.REPLY})  # for whom nobody waits any more
+STATM_SIZE: Final = 128  # bytes; seven numbers
 _RECORD_SIZE: Final = headers.EXECUTE.size
 _POSITION_MASK: Final = (1 << SLOT_SHIFT) - 1
 
@@ -203,6 +205,7 @@ class WorkerProcess:
         try:
             problem, reason = "load", self._objection_to(load)
             if not reason:
+                limit_memory(*memory.limits(self._use(), load.memory, load.max_rss))
                 problem, reason = self._vm.load(
                     load.source,
                     load.chunk_name,
@@ -212,6 +215,8 @@ class WorkerProcess:
                     sandbox=self._sandbox.confinement.level,
                     c_modules=self._c_modules,
                 )
+                if not problem and (reason := self._excess(load.max_rss)):
+                    problem = "load"
                 self._vm.limit_wear(load.max_calls, -(-load.max_rss // resource.getpagesize()), self._statm)
         except (ApiError, _ManySingletons) as error:
             problem, reason = "load", str(error)
@@ -224,6 +229,18 @@ class WorkerProcess:
         self._socket.send(encode(loaded))
         if problem:
             _await_death()
+
+    def _use(self) -> memory.Use:
+        """Return what this process has of memory by now."""
+        statm = os.pread(self._statm, STATM_SIZE, 0) if self._statm >= 0 else b""
+        return memory.use(statm, resource.getpagesize())
+
+    def _excess(self, max_rss: int) -> str:
+        """Tell why the contract, which has loaded, is too large to be served, or ""; frees what only loading took."""
+        if memory.excess(self._use(), max_rss):
+            self._vm.collect()
+            trim_heap()
+        return memory.excess(self._use(), max_rss)
 
     def _save(self, asked: messages.Save) -> None:
         """Give the state of the singleton to the broker, for the worker that follows this one."""

@@ -6,6 +6,7 @@ in here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -122,6 +123,11 @@ class Vm:
     def restores(self) -> bool:
         """Whether it takes up another's state."""
         return self._typed is not None and bool(self._typed.restores())
+
+    def collect(self) -> None:
+        """Free what the contract does not use any more; what its finalizers raise is nobody's."""
+        with contextlib.suppress(OutOfLuaMemory, LuaFailure):
+            self._lua.gccollect()
 
     def save(self, size_max: int) -> tuple[bytes, str]:
         """Return the state of the singleton, and "", or why there is none."""

@@ -170,6 +170,24 @@ def forbid_growth(*, may_write: bool) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
 
+def trim_heap() -> None:
+    """Give back to the kernel what the heap of C has free."""
+    LIBC.malloc_trim(ctypes.c_size_t(0))
+
+
+def limit_memory(data: int, address_space: int) -> None:
+    """Bound what this process may map, for good: a process without privileges cannot raise a hard limit.
+
+    Args:
+        data: bytes of private memory that can be written.
+        address_space: bytes of all.
+    """
+    for which, limit in ((resource.RLIMIT_DATA, data), (resource.RLIMIT_AS, address_space)):
+        _, hard = resource.getrlimit(which)
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(which, (limit, limit))
+
+
 def set_attribute(layer: str, option: int, value: int) -> None:
     """Set one attribute of this process; a refusal names the layer."""
     if _prctl(option, value, 0, 0, 0) != 0:

@@ -9,6 +9,7 @@ Source: syscalls(2), and for the numbers asm/unistd_64.h, against which a test h
 from __future__ import annotations
 
 import fcntl
+import mmap
 from collections.abc import Mapping
 from typing import Final
 
@@ -75,6 +76,8 @@ DENIED: Final[Mapping[str, Mapping[str, int]]] = {
         "adjtimex": 159,
         "clock_adjtime": 305,
     },
+    # Files in memory are no data to RLIMIT_DATA, and with `write` RLIMIT_FSIZE does not bound them.
+    "memory that no limit counts": {"memfd_create": 319, "memfd_secret": 447},
     # Rarely needed, often the way in. io_uring also performs calls that no filter gets to see.
     "a larger kernel surface": {
         "personality": 135,
@@ -143,7 +146,7 @@ CONNECTIONS: Final[Mapping[str, int]] = {
 
 # At `hardened`, each of these is allowed whatever its arguments are.
 ALLOWED: Final[Mapping[str, Mapping[str, int]]] = {
-    "its memory": {"brk": 12, "mmap": 9, "mprotect": 10, "munmap": 11, "mremap": 25, "madvise": 28},
+    "its memory": {"brk": 12, "mprotect": 10, "munmap": 11, "mremap": 25, "madvise": 28},
     "what is open already": {
         "read": 0,
         "write": 1,
@@ -237,6 +240,11 @@ _INTERNET: Final = Condition(0, (_AF_INET, _AF_INET6))
 # A worker that took back die_with_parent would outlive it; one that is dumpable, others could look into.
 _TAKING_BACK: Final = Condition(0, (_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_PTRACER))
 _FLAGS: Final = Condition(1, (fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL, _F_GET_SEALS))
+# Memory that is shared with nobody, or grows like a stack, is no data to RLIMIT_DATA, which would not bound it.
+_SHARED: Final = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
+_MAP_GROWSDOWN: Final = 0x100
+_GROWING: Final = tuple(_MAP_GROWSDOWN | kind for kind in (0, mmap.MAP_SHARED, mmap.MAP_ANONYMOUS, _SHARED))
+_UNCOUNTED: Final = Condition(3, (_SHARED, *_GROWING), mask=_SHARED | _MAP_GROWSDOWN)
 _NAMING: Final = Condition(0, (_PR_SET_NAME, _PR_GET_NAME))
 
 # At every level alike.
@@ -250,6 +258,7 @@ _COMMON: Final = (
     Rule("rt_tgsigqueueinfo", 297, condition=_TO_ITSELF),
     # A process past its limit of CPU time gets SIGKILL, whoever set the limit.
     Rule("prlimit64", 302, condition=_OF_ITSELF),
+    Rule("mmap", 9, ALLOW, condition=_UNCOUNTED, met=REFUSED),
     # libzmq sets its threads' scheduling as they begin, perhaps only now, and aborts where that fails.
     Rule("sched_setparam", 142, PRETENDED),
     Rule("sched_setscheduler", 144, PRETENDED),

@@ -36,7 +36,7 @@ _BARE: Final = (
     Layer("death with its worker host", True, "PDEATHSIG; the filter keeps it from being taken back"),
     Layer("not dumpable", True, "no other process of its user may look into it"),
     Layer("clean environment", True, "time zone and language only"),
-    Layer("limits", True, "no core files; a stack of 64 MiB"),
+    Layer("limits", True, "no core files; a stack of 64 MiB; memory as the contract says"),
     Layer("no privileges", True, "no_new_privs, and no capabilities"),
 )
 
