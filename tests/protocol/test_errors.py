@@ -130,6 +130,12 @@ def test_bridge_error_has_polyplugs_text_and_its_facts(
     assert vars(error) == facts
 
 
+def test_a_crash_that_is_not_on_record_is_named() -> None:
+    error = errors.CrashNotFound("0123456789ab")
+    assert error.crash_id == "0123456789ab"
+    assert str(error).startswith("crash '0123456789ab' is not on record, or no longer")
+
+
 @pytest.mark.parametrize(("error", "text", "facts"), BRIDGE_ERRORS)
 def test_bridge_error_survives_copy_and_pickle(error: errors.BridgeError, text: str, facts: dict[str, object]) -> None:
     for twin in (copy.copy(error), copy.deepcopy(error), pickle.loads(pickle.dumps(error))):

@@ -16,6 +16,7 @@ from luacell.protocol.limits import (
     LISTED_CONTRACTS_MAX,
     MESSAGE_MAX,
     NODES_MAX,
+    RSS_MARGIN,
     SOURCE_MAX,
 )
 from luacell.protocol.messages import Settings, id_bytes, id_of
@@ -78,6 +79,11 @@ def test_default_settings_are_a_valid_registration() -> None:
     register = EXAMPLES[Op.REGISTER]["by its id alone"]
     assert decode(messages.Register, encode(register)) == register
     assert Settings.from_message(register) == Settings()
+
+
+def test_limit_of_resident_memory_follows_from_the_memory_where_it_is_not_given() -> None:
+    assert Settings(memory=48 << 20).rss_limit == (48 << 20) + RSS_MARGIN
+    assert Settings(memory=48 << 20, max_rss=100 << 20).rss_limit == 100 << 20
 
 
 def test_messages_made_of_their_defaults_are_valid() -> None:
