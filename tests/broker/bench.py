@@ -26,6 +26,8 @@ from luacell.broker.model import (
     Worker,
 )
 from luacell.broker.registry import ContractRecord, Registry
+from luacell.broker.timers import BUCKET_NS
+from luacell.broker.workforce import SPARES_PAUSE_NS
 from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.headers import HAS_ARGS, HAS_OUT, Done
 from luacell.protocol.headers import Call as CallHeader
@@ -39,6 +41,8 @@ CONTRACT = 1
 KILLED = Cause(signal=9)
 SEGFAULT = Cause(signal=11)
 VITALS = Vitals(cpu_us=240_000, memory=9 << 20, state="R (running)")
+
+SPARES_PAUSE_MS = (SPARES_PAUSE_NS + BUCKET_NS) / NS_PER_MS  # from a load on; spares that are missing are ordered then
 
 E = TypeVar("E")
 

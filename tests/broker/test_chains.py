@@ -7,7 +7,7 @@ import pytest
 from luacell.broker import chains
 from luacell.broker.model import Call, KillWorker, SendCall, SendFailure, SendResult, Worker, WorkerState
 from luacell.protocol.errors import AbiErrorCode
-from tests.broker.bench import HOST, OTHER_HOST, SEGFAULT, Bench
+from tests.broker.bench import HOST, OTHER_HOST, SEGFAULT, SPARES_PAUSE_MS, Bench
 
 A, B, C = 1, 2, 3
 
@@ -38,6 +38,7 @@ def bench() -> Bench:
 
 def test_a_nested_call_ends_with_its_parent_and_waiting_is_no_running(bench: Bench) -> None:
     a, b = bench.serve(A, run_limit_us=100_000, deadline_us=300_000), bench.serve(B)
+    bench.pass_ms(SPARES_PAUSE_MS)
     outer = begin(bench, A)
     inner = nest(bench, a, B)
     assert (inner.parent, inner.depth, inner.deadline_ns) == (outer, 1, outer.deadline_ns)

@@ -105,7 +105,7 @@ def test_a_seed_makes_the_same_world_twice() -> None:
     assert (one.schedule.now_ns, one.auditor.answers) == (other.schedule.now_ns, other.auditor.answers)
 
 
-RELOADS = Swarm(reloading=0.3, death=0.08, failing=0.1, hang=0.01, hosts=3, spares=3)
+RELOADS = Swarm(reloading=0.5, death=0.05, failing=0.1, hang=0.01, call_gap_ns=20 * NS_PER_MS, hosts=3, spares=3)
 
 
 def test_state_is_carried_over_and_at_times_lost() -> None:

@@ -19,7 +19,7 @@ from luacell.broker.model import (
 from luacell.broker.workforce import BACKOFF_MAX_NS, STARTS_AT_ONCE_MAX, backoff_ns
 from luacell.protocol.confinement import UNGRANTED, Confinement, Layer
 from luacell.protocol.limits import NS_PER_MS, WORKERS_MAX
-from tests.broker.bench import CONTRACT, HOST, KILLED, SEGFAULT, Bench, of_kind
+from tests.broker.bench import CONTRACT, HOST, KILLED, SEGFAULT, SPARES_PAUSE_MS, Bench, of_kind
 
 NOT_STARTED = Cause(problem="a worker could not be started: Cannot allocate memory")
 
@@ -46,12 +46,37 @@ def test_spares_are_kept() -> None:
     assert not bench.has(StartWorker)
 
 
-def test_a_spare_that_is_used_is_replaced_before_the_contract_has_loaded() -> None:
+def test_a_spare_that_is_used_is_replaced_a_moment_later_whether_or_not_its_contract_has_loaded() -> None:
     bench = Bench(spares=1)
     bench.ready()
     bench.register()
     assert bench.only(LoadWorker).worker is bench.worker(0)
+    assert not bench.has(StartWorker), "calls wait for the load, which a start would slow down"
+    bench.pass_ms(SPARES_PAUSE_MS)
     assert bench.only(StartWorker).worker is bench.worker(1)
+
+
+def test_spares_are_not_put_off_by_one_load_after_another() -> None:
+    bench = Bench(spares=2)
+    bench.ready()
+    bench.ready()
+    bench.register(1)
+    bench.pass_ms(SPARES_PAUSE_MS / 2)
+    bench.register(2)
+    assert not bench.has(StartWorker)
+    bench.pass_ms(SPARES_PAUSE_MS / 2)
+    assert len(of_kind(bench.effects, StartWorker)) == 2
+
+
+def test_what_a_contract_waits_for_is_started_at_once() -> None:
+    bench = Bench(spares=1)
+    bench.ready()
+    bench.register(1)
+    bench.register(2)
+    assert bench.only(StartWorker).worker is bench.worker(1)
+    bench.load_next()
+    bench.pass_ms(SPARES_PAUSE_MS)
+    assert bench.only(StartWorker).worker is bench.worker(2)
 
 
 def test_without_spares_a_worker_is_started_when_a_contract_needs_it() -> None:
@@ -260,6 +285,7 @@ def test_a_worker_that_does_not_load_in_time_is_killed() -> None:
 def test_without_its_worker_host_no_worker_is_of_use() -> None:
     bench = Bench(spares=1)
     idle = bench.serve()
+    bench.pass_ms(SPARES_PAUSE_MS)
     blank = bench.ready()
     assert blank.state is BLANK
     bench.effects = bench.dispatcher.worker_host_left(bench.now_ns)
@@ -387,6 +413,7 @@ def test_contract_gets_a_worker_of_its_level_and_that_level_a_spare() -> None:
     bench.ready()
     bench.register(2, sandbox="hardened")
     assert bench.only(LoadWorker).worker.confinement == HARDENED, "there was a spare"
+    bench.pass_ms(SPARES_PAUSE_MS)
     assert kinds(bench) == [UNGRANTED, *[HARDENED] * 3]
 
 
@@ -405,6 +432,7 @@ def test_spares_of_a_level_go_with_its_last_contract() -> None:
     spare = bench.ready()
     bench.serve(1, sandbox="hardened")
     bench.serve(2, sandbox="hardened")
+    bench.pass_ms(SPARES_PAUSE_MS)
     bench.ready()
     bench.effects = []
     bench.catalogue.remove(1, bench.now_ns, bench.effects)

@@ -37,6 +37,7 @@ BACKOFF_FIRST_NS: Final = 10 * NS_PER_MS
 BACKOFF_MAX_NS: Final = 5 * NS_PER_S
 UNWANTED: Final = "nobody is served by such a worker"
 STARTS_AT_ONCE_MAX: Final = 8  # forks of ~7 ms each that may be under way together
+SPARES_PAUSE_NS: Final = 10 * NS_PER_MS  # from a worker's load to the start of a spare, which would compete with it
 
 
 def backoff_ns(failures: int) -> int:
@@ -68,6 +69,7 @@ class Workforce:
         self._last_id = 0
         self._start_failures = 0
         self._retry_ns = 0
+        self._spares_due_ns = 0  # spares that are missing are ordered from then on
         self._paced_until_ns = 0  # starts that are missing are ordered then, one at least
         self.starts = StartBudget()
         self.by_id: dict[int, Worker] = {}
@@ -113,7 +115,7 @@ class Workforce:
         """Order the starts that are missing, within the bounds: those that contracts wait for before spares."""
         if not self.has_host or now_ns < self._retry_ns:
             return
-        missing = self._missing()
+        missing = self._missing(now_ns)
         room = min(self.workers_max - len(self.by_id), STARTS_AT_ONCE_MAX - self.starting_count)
         if missing and self.waiting and self.blank and len(self.by_id) >= self.workers_max:
             self._make_room(now_ns, effects)
@@ -145,10 +147,11 @@ class Workforce:
             verdict = "its place is needed for one that is confined otherwise"
             self.doom(self.blank[0], verdict, now_ns, effects)
 
-    def _missing(self) -> list[Confinement]:
-        """Return how the workers are to be confined that are waited for, or missing as spares, and not under way."""
+    def _missing(self, now_ns: int) -> list[Confinement]:
+        """Return how the workers are to be confined that are waited for, or due as spares, and not under way."""
         coming = Counter(worker.confinement for worker in self.by_id.values() if worker.state in (STARTING, BLANK))
-        spares = [Confinement(level) for level in sorted(self._levels_in_use) for _ in range(self.spares_wanted)]
+        wanted = self.spares_wanted if now_ns >= self._spares_due_ns else 0
+        spares = [Confinement(level) for level in sorted(self._levels_in_use) for _ in range(wanted)]
         missing = []
         for confinement in [*map(self._confinement_of, self.waiting), *spares]:
             if coming[confinement]:
@@ -263,6 +266,10 @@ class Workforce:
             self.doom(worker, UNWANTED, now_ns, effects)
 
     def _assign(self, worker: Worker, contract: Contract, now_ns: int, effects: list[Effect]) -> None:
+        """Have a worker load a contract, whose calls wait for it: the next spare is not urgent."""
+        if self.spares_wanted and now_ns >= self._spares_due_ns:  # it is not put off again and again
+            self._spares_due_ns = now_ns + SPARES_PAUSE_NS
+            self._wheel.set(self._spares_due_ns, self)
         worker.state = LOADING
         worker.contract = contract
         contract.workers[worker] = None
