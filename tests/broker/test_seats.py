@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from luacell.broker.model import LoadWorker, SendCall, SendFailure, SendReply, Worker
+from luacell.broker.quarantine import CRASHES_MAX
 from luacell.broker.registry import ContractRecord
 from luacell.broker.seats import seat_of
 from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.limits import QUEUE_MAX
 from luacell.protocol.messages import API_MODULE, FETCH, IN_INSTANCE, SEAT_SHIFT, Settings
-from tests.broker.bench import CONTRACT, HOST, OTHER_HOST, SEGFAULT, Bench, record_of
+from tests.broker.bench import CONTRACT, HOST, OTHER_HOST, SEGFAULT, Bench, of_kind, record_of
 
 IN_DEFAULT_FETCH = 0xFFFF_FFFF
 
@@ -173,6 +174,60 @@ def test_unregistering_fails_the_calls_of_all_seats() -> None:
     bench.unregister()
     assert bench.only(SendFailure).code is AbiErrorCode.HOST_CONTRACT_NOT_FOUND
     assert not bench.workforce.waiting
+
+
+def crash_in(bench: SeatBench, seat: int, times: int = CRASHES_MAX, host: bytes = HOST) -> None:
+    """Have calls in a seat crash its worker; the last one with another call behind it in each seat."""
+    for number in range(times):
+        header = bench.header(host=host)._replace(fn_id=in_seat(seat))
+        bench.send(header, host)
+        call = bench.call_of(header.call_id, host)
+        while call.worker is None:
+            bench.load_next()
+        bench.begin(call)
+        if number == times - 1:
+            for each in bench.catalogue.serving[CONTRACT].seats:
+                each.window = 0
+            for other in range(2):
+                bench.call_in(in_seat(other), host)
+        bench.die(call.worker, SEGFAULT)
+
+
+def test_what_waits_in_any_seat_rests_when_one_seat_crashes_the_contract() -> None:
+    bench = SeatBench()
+    bench.serve_typed(2)
+    one = bench.worker_for(in_seat(0))
+    running = bench.header()._replace(fn_id=in_seat(0))
+    bench.send(running)
+    others = bench.header(host=OTHER_HOST)._replace(fn_id=in_seat(0))
+    for each in bench.catalogue.serving[CONTRACT].seats:
+        each.window = 0
+    bench.send(others, OTHER_HOST)
+    crash_in(bench, 1)
+    codes = [failure.code for failure in of_kind(bench.effects, SendFailure)]
+    assert sorted(codes) == [AbiErrorCode.WORKER_CRASHED, AbiErrorCode.QUARANTINED, AbiErrorCode.QUARANTINED]
+    assert bench.call_of(running.call_id).worker is one
+    assert bench.call_of(others.call_id, OTHER_HOST).contract.quarantine.is_in_force
+    bench.done(bench.call_of(running.call_id))
+    assert bench.sent.call.header.call_id == others.call_id
+    bench.send(bench.header()._replace(fn_id=in_seat(0)))
+    assert bench.failure.code is AbiErrorCode.QUARANTINED
+
+
+def test_what_comes_in_place_of_seats_that_crash_does_not_rest() -> None:
+    bench = SeatBench()
+    bench.serve_typed(2)
+    crash_in(bench, 1, CRASHES_MAX - 1)
+    bench.call_in(in_seat(1))
+    while not bench.has(SendCall):
+        bench.load_next()
+    call, old = bench.sent.call, bench.sent.worker
+    bench.begin(call)
+    bench.serve_typed(2, replace=True)
+    bench.call_in(in_seat(0))
+    bench.die(old, SEGFAULT)
+    assert [failure.code for failure in of_kind(bench.effects, SendFailure)] == [AbiErrorCode.WORKER_CRASHED]
+    assert not bench.catalogue.serving[CONTRACT].quarantine.is_in_force
 
 
 def test_raw_contracts_have_no_seats_and_need_to_say_that_they_are_stateless() -> None:

@@ -47,7 +47,7 @@ from luacell.broker.model import (
     Worker,
 )
 from luacell.broker.registry import Registry
-from luacell.broker.seats import seat_of
+from luacell.broker.seats import seat_of, seats_beside
 from luacell.broker.timers import TimerWheel
 from luacell.broker.windows import SLOW_NS
 from luacell.broker.workforce import Workforce
@@ -281,10 +281,11 @@ class Handover:
             "rest_s": wait_ns / NS_PER_S,
         }
         effects.append(Record("warning", "contract quarantined", fields))
-        for waiting in list(contract.queue):
-            if waiting is not call and self._must_rest(waiting, now_ns, effects):
-                contract.queue.remove(waiting.session, waiting)
-                self._end(waiting, now_ns, effects)
+        for place in seats_beside(contract, self._serving.get(contract.record.id)):
+            for waiting in list(place.queue):
+                if waiting is not call and self._must_rest(waiting, now_ns, effects):
+                    place.queue.remove(waiting.session, waiting)
+                    self._end(waiting, now_ns, effects)
 
     def _must_rest(self, call: Call, now_ns: int, effects: list[Effect]) -> bool:
         """Answer a call that waits for a contract in quarantine, unless it is the one that may try."""

@@ -28,6 +28,16 @@ def seat_of(contract: Contract, session_id: bytes, fn_id: int) -> Contract:
     return seats[int.from_bytes(session_id[-4:], "little") % len(seats)]
 
 
+def seats_beside(seat: Contract, served: Contract | None) -> tuple[Contract, ...]:
+    """Return all that rest together with a contract, it among them: the seats of which it is one, or it alone.
+
+    Args:
+        seat: a seat, or a contract that has none.
+        served: what is served under its id now, which may be its successor.
+    """
+    return served.places if served is not None and served.quarantine is seat.quarantine else (seat,)
+
+
 def move_calls(old: Contract, new: Contract) -> None:
     """Let the calls that wait for a contract wait for its successor, in the same order."""
     if not old.seats and not new.seats:
