@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+from zlib import crc32
 
 import pytest
 
 from luacell.broker.crash_files import (
     CAUSE_MAX,
+    HEAD_SIZE,
+    MAGIC,
     DamagedFile,
+    circumstances_of,
     digest_of,
     function_of,
     kept_size,
@@ -18,9 +23,10 @@ from luacell.broker.crash_files import (
     unpacked,
 )
 from luacell.client.crashes import CrashInfo
+from luacell.protocol import codec
 from luacell.protocol.headers import HAS_ARGS
 from luacell.protocol.identity import HostContractId, Version
-from luacell.protocol.limits import CRASH_ARGS_MAX
+from luacell.protocol.limits import CRASH_ARGS_MAX, DEADLINE_DEFAULT_US, NS_PER_MS
 from luacell.protocol.messages import API_MODULE, CREATE, IN_INSTANCE, SEAT_SHIFT
 from luacell.protocol.paths import CRASH_SOURCES_SUFFIX, CRASH_SUFFIX
 from tests.broker.bench import Bench, record_of
@@ -89,6 +95,37 @@ def test_files_are_read_as_they_were_written() -> None:
     assert found["settings"] == TYPED.settings.as_fields()
 
 
+def test_circumstances_are_those_of_the_worker_and_the_caller() -> None:
+    crash = crash_on(Bench())
+    assert circumstances_of(crash) == {"sandbox": "default", "c_modules": "", "budget_us": DEADLINE_DEFAULT_US}
+    worker = crash.call.worker
+    assert worker is not None
+    worker.confinement = worker.confinement.at_least("hardened")
+    worker.c_modules = "/lib/a.so\n/lib/b.so"
+    crash.call.deadline_ns = crash.call.arrived_ns + 250 * NS_PER_MS
+    assert circumstances_of(crash) == {
+        "sandbox": "hardened",
+        "c_modules": "/lib/a.so\n/lib/b.so",
+        "budget_us": 250_000,
+    }
+
+
+def test_a_record_of_an_earlier_release_has_no_circumstances() -> None:
+    crashed = crashed_call(ID)
+    body = codec.unpack(memoryview(packed_call(crashed, row_with()))[HEAD_SIZE:])
+    assert body["circumstances"]["sandbox"] == "default"
+    del body["circumstances"]
+    assert unpacked(CRASH_SUFFIX, framed(body)) == body | {"circumstances": {}}
+    with pytest.raises(DamagedFile, match="field budget_us is of type str"):
+        unpacked(CRASH_SUFFIX, framed(body | {"circumstances": circumstances_of(crashed.crash) | {"budget_us": "1"}}))
+
+
+def framed(body: Any) -> bytes:
+    """Write a map as a file of crash records has it."""
+    data = codec.pack(body)
+    return MAGIC + crc32(data).to_bytes(4, "little") + data
+
+
 def test_sources_have_the_same_digest_whatever_the_order_of_their_modules() -> None:
     one, other = replace(TYPED, modules={"a": b"1", "b": b"2"}), replace(TYPED, modules={"b": b"2", "a": b"1"})
     assert digest_of(packed_sources(one)) == digest_of(packed_sources(other)) != digest_of(packed_sources(TYPED))
@@ -113,8 +150,6 @@ def test_what_is_damaged_is_not_read() -> None:
 
 
 def test_a_checksum_does_not_make_a_map() -> None:
-    from zlib import crc32
-
     for body, reason in ((b"\xc1", "malformed msgpack"), (b"\x90", "fields are not those")):
         with pytest.raises(DamagedFile, match=reason):
             unpacked(CRASH_SUFFIX, b"lccrash1" + crc32(body).to_bytes(4, "little") + body)

@@ -100,6 +100,49 @@ def test_who_asks_after_a_crash_finds_it(
     assert (added.crash, added.args, len(added.id)) == (crash, bytes(8), 12)
 
 
+def test_a_crash_waits_in_its_place_for_the_last_words_of_its_worker(
+    keeper: CrashKeeper, store: HeldStore, inbox: SimpleQueue[Callable[[], None]], crash: RecordCrash
+) -> None:
+    answers: list[Body | None] = []
+    store.may_go_on.release(1000)
+    keeper.record(crash._replace(stderr=None))
+    keeper.record(crash)
+    assert keeper.list(0, lambda body, problem: answers.append(body))
+    assert crash.call.worker is not None
+    keeper.worker_ended(crash.call.worker.id + 1, "another's")
+    keeper.worker_ended(crash.call.worker.id, "no more memory\n")
+    keeper.worker_ended(crash.call.worker.id, "too late")
+    keeper.start()
+    tell(inbox)
+    assert answers == [{"total": 2}]
+    assert [added.crash.stderr for added in store.added] == ["no more memory\n", "bye\n"]
+
+
+def test_a_worker_that_does_not_die_holds_up_no_record(
+    keeper: CrashKeeper, store: HeldStore, crash: RecordCrash
+) -> None:
+    store.may_go_on.release(1000)
+    keeper.start()
+    keeper.record(crash._replace(stderr=None))
+    eventually(lambda: store.added, "it is written without last words")
+    assert store.added[0].crash.stderr is None
+
+
+def test_last_words_that_come_while_the_thread_waits_for_them_are_written_at_once(
+    keeper: CrashKeeper, store: HeldStore, crash: RecordCrash, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("luacell.broker.crash_keeper.LAST_WORDS_WAIT_S", LIMIT_S * 10)
+    store.may_go_on.release(1000)
+    keeper.start()
+    keeper.record(crash._replace(stderr=None))
+    assert crash.call.worker is not None
+    keeper.worker_ended(crash.call.worker.id, "bye\n")
+    eventually(lambda: store.added, "it is written")
+    keeper.record(crash._replace(stderr=None))
+    keeper.stop()
+    assert [added.crash.stderr for added in store.added] == ["bye\n", None]
+
+
 def test_what_is_too_much_is_dropped_and_counted(
     keeper: CrashKeeper, store: HeldStore, crash: RecordCrash, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -90,7 +90,7 @@ def test_a_call_that_runs_out_of_memory_is_put_on_record_once(bench: Bench) -> N
     worker = worker_of(call)
     bench.done(call, code=int(SPENT), flags=RETIRE)
     crash = bench.only(RecordCrash)
-    assert (crash.code, crash.cause, crash.signal, crash.stderr) == (SPENT, "out of memory: 32 MiB", None, "")
+    assert (crash.code, crash.cause, crash.signal, crash.stderr) == (SPENT, "out of memory: 32 MiB", None, None)
     assert place(bench, RecordCrash) < place(bench, SendFailure)
     bench.die(worker, KILLED)
     assert not bench.has(RecordCrash)

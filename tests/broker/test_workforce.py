@@ -465,7 +465,8 @@ def test_floor_of_the_worker_host_is_learnt_from_its_first_worker() -> None:
     bench = Bench(spares=2)
     layers = (Layer("seccomp", True, "no fork"),)
     first = bench.worker(0)
-    bench.workforce.confined(first, "hardened", layers)
+    bench.workforce.confined(first, "hardened", layers, "/lib/cjson.so")
+    assert first.c_modules == "/lib/cjson.so"
     bench.ready(first)
     assert bench.workforce.floor == "hardened"
     assert bench.workforce.posture == {"hardened": layers}
@@ -477,8 +478,8 @@ def test_floor_of_the_worker_host_is_learnt_from_its_first_worker() -> None:
 def test_what_a_worker_tells_when_it_may_have_run_a_contract_is_not_believed() -> None:
     bench = Bench()
     worker = bench.serve()
-    bench.workforce.confined(worker, "untrusted", ())
-    assert bench.workforce.floor == "default"
+    bench.workforce.confined(worker, "untrusted", (), "/lib/forged.so")
+    assert (bench.workforce.floor, worker.c_modules) == ("default", "")
     assert worker.confinement == UNGRANTED
 
 

@@ -20,7 +20,8 @@ from luacell.client.deployment import Deployment
 from luacell.protocol.limits import KIB, MIB
 from luacell.protocol.messages import Settings
 from tests.support.command import Command
-from tests.support.contracts import CRASHED, PROBE, failure, function
+from tests.support.contracts import CRASHED, DEADLINE, PROBE, deploy, failure, function
+from tests.support.serving import Serving
 from tests.support.typed_directory import write_typed
 from tests.support.waiting import LIMIT_S, eventually
 
@@ -153,6 +154,43 @@ def test_unknown_ids_are_told(luacell: Command, words: tuple[str, ...]) -> None:
     assert "crash '0123456789ab' is not on record" in ended.errors
 
 
+# -- under the circumstances of the record ----
+C_MODULES: Final = [str(path) for path in (Path("/usr/lib/x86_64-linux-gnu/lua/5.1/cjson.so"),) if path.exists()]
+EVALUATE: Final = function(f"""
+  if fn_id == 1 and {len(C_MODULES)} > 0 then require("cjson") end
+  if fn_id == 2 and io.open("/usr/bin/env") then error("it is not confined", 0) end
+  if fn_id < 3 then ffi.cast("int *", 0)[0] = 1 end
+  while true do end
+""")
+
+
+def test_a_replay_has_the_floor_the_c_modules_and_the_time_of_the_record(luacell: Command, tmp_path: Path) -> None:
+    options = ["--sandbox", "hardened", *(word for path in C_MODULES for word in ("--c-module", path))]
+    with (
+        Serving(tmp_path / "run", *options) as serving,
+        LuaHostBridge.connect(serving.run_directory) as bridge,
+    ):
+        deploy(bridge, EVALUATE)
+        bridge.register_host_contract(0xF100, LuaFunction(EVALUATE))
+        assert failure(bridge, PROBE, 1, args=None).code == failure(bridge, 0xF100, 2, args=None).code == CRASHED
+        assert failure(bridge, PROBE, 3, args=None, timeout=0.2).code == DEADLINE
+        late = eventually(lambda: next((each for each in bridge.crashes() if each.fn_id == 3), None), "it is on record")
+        ids = [each.id for each in bridge.crashes() if each.id != late.id]
+        crash = bridge.crash(late.id)
+        assert (crash.sandbox, crash.c_modules, crash.budget) == ("hardened", tuple(C_MODULES), 0.2)
+        endpoint = ("--endpoint", str(serving.run_directory))
+        assert "sandbox   hardened\n" in luacell("crash", "show", late.id, *endpoint).out
+        for each in ids:
+            ended = luacell("crash", "replay", each, "--output", "json", *endpoint)
+            assert ended.json["as_recorded"], ended
+        ended = luacell("crash", "replay", late.id, "--output", "json", *endpoint)
+        assert ended.json["as_recorded"]
+        assert "its deadline 0.2 s" in ended.json["outcome"]["message"]
+        text = luacell("crash", "export", late.id, "--pytest", *endpoint).out
+        assert "TIMEOUT = 0.2\n" in text
+        assert 'sandbox = "hardened"' in text
+
+
 # -- exported tests ----
 def run_pytest(file: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(file.parent), str(file)]
@@ -251,6 +289,26 @@ INFO: Final = CrashInfo(
 def crash(**changes: Any) -> Crash:
     made = Crash(info=INFO, args=b"1234", source=b"s", chunk_name="@s.lua", modules={}, settings=Settings())
     return replace(made, **changes)
+
+
+def test_a_record_of_an_earlier_release_is_made_again_as_its_contract_says() -> None:
+    made = Reproduction.of(crash(settings=Settings(sandbox="hardened")))
+    assert (made.sandbox, made.timeout) == ("hardened", None)
+    assert made.service_options == ["--sandbox", "hardened"]
+    assert Reproduction.of(crash()).service_options == []
+
+
+def test_c_modules_are_loaded_where_they_cannot_be_opened() -> None:
+    modules = ("/lib/a.so", "/lib/b.so")
+    assert Reproduction.of(crash(sandbox="default", c_modules=modules)).service_options == []
+    made = Reproduction.of(crash(sandbox="hardened", c_modules=modules))
+    assert made.service_options == ["--sandbox", "hardened", "--c-module", "/lib/a.so", "--c-module", "/lib/b.so"]
+    assert b'sandbox = "hardened"' in made.files["luacell.toml"]
+
+
+@pytest.mark.parametrize(("budget", "timeout"), [(0.25, 0.25), (0.001, 0.1)])
+def test_a_fresh_service_has_the_time_that_it_needs(budget: float, timeout: float) -> None:
+    assert Reproduction.of(crash(budget=budget)).timeout == timeout
 
 
 def test_arguments_that_were_cut_are_refused() -> None:

@@ -237,7 +237,11 @@ EXAMPLES: Final[dict[Op, dict[str, Any]]] = {
             arena=7, index=1, count=16, args_stride=4096, out_stride=8192
         )
     },
-    Op.READY: {"a blank worker": messages.Ready(pid=4322, posture="no new privileges, seccomp")},
+    Op.READY: {
+        "a blank worker": messages.Ready(
+            pid=4322, posture="+seccomp\tno fork", c_modules="/usr/lib/a.so\n/usr/lib/b.so"
+        )
+    },
     Op.LOADED: {
         "ready for calls": messages.Loaded(problem="", reason=""),
         "a singleton with state": messages.Loaded(problem="", reason="", saves=True, restores=True),

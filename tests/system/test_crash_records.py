@@ -39,6 +39,7 @@ DEADLY = function("""
   elseif fn_id == 3 then
     while true do end
   elseif fn_id == 4 then
+    io.stderr:write("hungry\\n")
     local eaten = {}
     while true do eaten[#eaten + 1] = ("x"):rep(100000) .. #eaten end
   end
@@ -119,6 +120,7 @@ def test_exits_ends_by_limits_and_memory_that_ran_out_are_on_record(bridge: LuaH
     assert late.ran is not None and late.ran >= 0.2
     spent = crashed(bridge, PROBE, EAT, b"hungry")
     assert (spent.code, spent.cause, spent.signal) == (NO_MEMORY, "out of memory: 64 MiB", None)
+    assert spent.stderr.startswith("hungry\n"), "the broker has waited for the end of its worker"
     assert [bridge.crash(info.id).args for info in bridge.crashes()] == [b"hungry", b"for ever", None]
     assert len({info.source_digest for info in bridge.crashes()}) == 1
 

@@ -151,7 +151,12 @@ def test_floor_lifts_every_contract_and_is_shown(tmp_path: Path) -> None:
 # -- what cannot be had ----
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("/nowhere/x.so", "cannot be loaded"), ("/etc/passwd", "does not end with .so")],
+    [
+        ("/nowhere/x.so", "cannot be loaded"),
+        ("/etc/passwd", "does not end with .so"),
+        ("/a\n.so", "cannot be printed"),
+        ("/x" * 5000 + ".so", "more than 8192 characters together"),
+    ],
 )
 def test_c_module_that_cannot_be_loaded_is_a_refusal_to_start(tmp_path: Path, path: str, words: str) -> None:
     command = [*PYTHON, "-m", "luacell.cli.serve", "--run-dir", str(tmp_path / "run"), "--c-module", path]

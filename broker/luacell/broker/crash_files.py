@@ -18,7 +18,7 @@ from luacell.protocol import codec
 from luacell.protocol.api import find_contract, parse
 from luacell.protocol.errors import ApiError, ProtocolError
 from luacell.protocol.headers import HAS_ARGS
-from luacell.protocol.limits import CRASH_ARGS_MAX, MESSAGE_MAX
+from luacell.protocol.limits import CRASH_ARGS_MAX, MESSAGE_MAX, NS_PER_US
 from luacell.protocol.messages import API_MODULE, FUNCTION_MASK, IN_INSTANCE, OF_INSTANCES, id_bytes
 from luacell.protocol.paths import CRASH_SOURCES_SUFFIX, CRASH_SUFFIX
 
@@ -51,9 +51,18 @@ _ROW: Final[dict[str, tuple[type, ...]]] = {
     "stderr": (str,),
 }
 _FORMS: Final[dict[str, dict[str, tuple[type, ...]]]] = {
-    CRASH_SUFFIX: {"crash": (dict,), "args": (bytes, type(None)), "chunk_name": (str,), "settings": (dict,)},
+    CRASH_SUFFIX: {
+        "crash": (dict,),
+        "args": (bytes, type(None)),
+        "chunk_name": (str,),
+        "settings": (dict,),
+        "circumstances": (dict,),
+    },
     CRASH_SOURCES_SUFFIX: {"source": (bytes,), "modules": (dict,)},
 }
+# The level of the sandbox and the C modules (one a line) that the worker had, whatever the contract asks for, and the
+# microseconds that its caller gave the call. Records of earlier releases have none of them.
+_CIRCUMSTANCES: Final[dict[str, tuple[type, ...]]] = {"sandbox": (str,), "c_modules": (str,), "budget_us": (int,)}
 
 Row = Mapping[str, Any]
 
@@ -116,7 +125,18 @@ def row_of(crashed: CrashedCall, digest: str) -> dict[str, Any]:
         "out_size": header.out_size,
         "source_digest": digest,
         "host": crash.call.session.title,
-        "stderr": crash.stderr,
+        "stderr": crash.stderr or "",
+    }
+
+
+def circumstances_of(crash: RecordCrash) -> dict[str, Any]:
+    """Return what a call's worker was confined to, and how much time its caller gave it; see `_CIRCUMSTANCES`."""
+    call, worker = crash.call, crash.call.worker
+    assert worker is not None  # it has crashed
+    return {
+        "sandbox": worker.confinement.level,
+        "c_modules": worker.c_modules,
+        "budget_us": (call.deadline_ns - call.arrived_ns) // NS_PER_US,
     }
 
 
@@ -155,6 +175,7 @@ def packed_call(crashed: CrashedCall, row: Row) -> bytes:
             "args": crashed.args,
             "chunk_name": crashed.record.chunk_name,
             "settings": crashed.record.settings.as_fields(),
+            "circumstances": circumstances_of(crashed.crash),
         }
     )
 
@@ -183,9 +204,13 @@ def unpacked(suffix: str, data: bytes) -> dict[str, Any]:
         found = codec.unpack(body)
     except ProtocolError as error:
         raise DamagedFile(str(error)) from None
+    if suffix == CRASH_SUFFIX and type(found) is dict:
+        found.setdefault("circumstances", {})
     _check(found, _FORMS[suffix])
     if suffix == CRASH_SUFFIX:
         _check(found["crash"], _ROW)
+        if found["circumstances"]:
+            _check(found["circumstances"], _CIRCUMSTANCES)
     checked: dict[str, Any] = found
     return checked
 

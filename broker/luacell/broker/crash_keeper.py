@@ -1,7 +1,8 @@
 """The crash keeper: writes and reads crash records in a thread of its own, so that no disk ever holds up a call.
 
 Crashes and questions wait in one queue, in the order in which they came: who was told of a crash and asks for it finds
-it. What is more than the queue holds is dropped, counted and told.
+it. A crash whose worker is still to die waits in its place for that, for the end of what it wrote to stderr. What is
+more than the queue holds is dropped, counted and told.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -27,10 +29,37 @@ log = logging.getLogger("luacell.broker")
 WAITING_MAX: Final = 256  # crashes that wait to be written
 WAITING_BYTES_MAX: Final = 4 * CRASH_ARGS_MAX  # of their arguments
 QUESTIONS_MAX: Final = 16  # that wait for their answers, each of a message's size at most
+LAST_WORDS_WAIT_S: Final = (
+    0.25  # for the death of a worker that is killed already, a millisecond or two, and its report
+)
 STOP_LIMIT_S: Final = 0.5  # for what waits to be written, at the end of the broker
 
 Body = Mapping[str, Any]
 Report = Callable[[Body | None, str], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A crash that is to be written.
+
+    Attributes:
+        crashed: it; the stderr of its worker is None until that is dead.
+        worker: number of that worker, or 0.
+        until: when it is written in any case, in seconds, monotonic.
+    """
+
+    crashed: CrashedCall
+    worker: int
+    until: float
+
+    @property
+    def lacks_last_words(self) -> bool:
+        """Whether its worker was alive when it was last heard of."""
+        return self.crashed.crash.stderr is None
+
+    def complete(self, last_words: str) -> None:
+        """Its worker is dead."""
+        self.crashed = self.crashed._replace(crash=self.crashed.crash._replace(stderr=last_words))
 
 
 class CrashKeeper:
@@ -51,7 +80,7 @@ class CrashKeeper:
         self._store = store
         self._read_args = read_args
         self._deliver = deliver
-        self._steps: deque[Callable[[], None]] = deque()
+        self._steps: deque[_Entry | Callable[[], None]] = deque()
         self._came = threading.Condition()
         self._waiting = self._waiting_bytes = self._questions = self._dropped = 0
         self._is_stopping = False
@@ -76,8 +105,23 @@ class CrashKeeper:
             crashed = CrashedCall(crash_id, time.time(), crash, crash.call.contract.record, args)
             self._waiting += 1
             self._waiting_bytes += size or 0
-            self._steps.append(partial(self._write, crashed))
+            worker = crash.call.worker
+            until = time.monotonic() + LAST_WORDS_WAIT_S
+            self._steps.append(_Entry(crashed, worker.id if worker is not None else 0, until))
             self._came.notify()
+
+    def worker_ended(self, worker: int, last_words: str) -> None:
+        """A worker is dead: crashes that lack the end of its stderr have it now. Called by the loop.
+
+        Args:
+            worker: its number.
+            last_words: the end of its stderr.
+        """
+        with self._came:
+            for entry in self._steps:
+                if isinstance(entry, _Entry) and entry.worker == worker and entry.lacks_last_words:
+                    entry.complete(last_words)
+                    self._came.notify()
 
     def list(self, first: int, report: Report) -> bool:
         """Have a page of the list read. Called by the loop.
@@ -119,14 +163,24 @@ class CrashKeeper:
             self._store.open()
         except CrashStoreError as error:
             log.error("crash records are off", extra={"fields": {"reason": str(error)}})
-        while True:
-            with self._came:
-                while not self._steps and not self._is_stopping:
-                    self._came.wait()
-                if not self._steps:
-                    return
-                step = self._steps.popleft()
-            step()
+        while (step := self._next()) is not None:
+            if isinstance(step, _Entry):
+                self._write(step.crashed)
+            else:
+                step()
+
+    def _next(self) -> _Entry | Callable[[], None] | None:
+        """Wait for the next step and return it; None at the end."""
+        with self._came:
+            while True:
+                wait_s = None
+                if self._steps:
+                    wait_s = 0.0 if self._is_stopping else _wait_s(self._steps[0])
+                    if wait_s <= 0:
+                        return self._steps.popleft()
+                elif self._is_stopping:
+                    return None
+                self._came.wait(wait_s)
 
     def _write(self, crashed: CrashedCall) -> None:
         try:
@@ -157,3 +211,8 @@ class CrashKeeper:
         with self._came:
             self._questions -= 1
         report(body, problem)
+
+
+def _wait_s(step: _Entry | Callable[[], None]) -> float:
+    """Return for how long a step is to wait in its place yet, in seconds."""
+    return step.until - time.monotonic() if isinstance(step, _Entry) and step.lacks_last_words else 0.0

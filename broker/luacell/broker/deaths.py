@@ -130,4 +130,4 @@ def exhaustion_of(call: Call, now_ns: int) -> RecordCrash | None:
     code, cause = AbiErrorCode.OUT_OF_MEMORY, f"out of memory: {call.contract.record.settings.memory / MIB:g} MiB"
     sent_ns = call.sent_ns or now_ns
     queued, ran = (sent_ns - call.arrived_ns) / NS_PER_S, (now_ns - sent_ns) / NS_PER_S
-    return RecordCrash(call, code, cause, None, None, queued, ran, None, "")
+    return RecordCrash(call, code, cause, None, None, queued, ran, None, None)

@@ -338,6 +338,7 @@ class Worker:
         is_restoring: it was sent state and has not said that it has taken it up.
         is_followed: another has taken its place: it ends what it holds; see `recycling`.
         is_worn_out: it was to be recycled and could not be, which was said.
+        c_modules: paths of the C modules that its process was forked with, one a line.
     """
 
     id: int
@@ -362,6 +363,7 @@ class Worker:
     is_restoring: bool = False
     is_followed: bool = False
     is_worn_out: bool = False
+    c_modules: str = ""
     verdict: str = ""
     timer: int | None = None
     confinement: Confinement = UNGRANTED
@@ -523,7 +525,7 @@ class RecordCrash(NamedTuple):
         cause: how its worker ended, or why it was ended.
         signal, exit_code: of the worker, or None.
         queued, ran, cpu: seconds; see `deaths.Episode`.
-        stderr: the end of what its worker wrote there.
+        stderr: the end of what its worker wrote there; None where that is still to die.
     """
 
     call: Call
@@ -534,7 +536,7 @@ class RecordCrash(NamedTuple):
     queued: float
     ran: float
     cpu: float | None
-    stderr: str
+    stderr: str | None
 
 
 class Record(NamedTuple):

@@ -141,7 +141,7 @@ class Server:
             self._watcher,
             self._perform,
             self._on_answers,
-            lambda worker: self._inline.left(worker.routing_id),
+            self._on_worker_end,
             parent,
         )
         self._keeper = Keeper(registry_store, lambda tell: self._watcher.order(lambda: WorkDone(tell)))
@@ -679,6 +679,10 @@ class Server:
     def _has_pair(self, worker: Worker, pair: Pair) -> bool:
         """Give a worker a pair of segments where it has not seen it; tell whether it has it now."""
         return pair in worker.mapped or self._workers.send_map(worker, pair)
+
+    def _on_worker_end(self, worker: Worker, last_words: str) -> None:
+        self._inline.left(worker.routing_id)
+        self._crashes.worker_ended(worker.id, last_words)
 
     def _store_contract(self, effect: model.StoreContract) -> None:
         contract, request = effect

@@ -65,7 +65,7 @@ class Workers:
         watcher: reports deaths.
         perform: performs effects.
         on_answers: acts on the DONE records of a worker.
-        on_end: called with a worker that is dead, before anything else follows from that.
+        on_end: called with a worker that is dead and the end of its stderr, before anything else follows from that.
         parent: pid of the process whose child the worker host must be, as this broker is; None takes any.
     """
 
@@ -76,7 +76,7 @@ class Workers:
         watcher: Watcher,
         perform: Callable[[Iterable[Effect]], None],
         on_answers: Callable[[Worker, Iterable[tuple[int, ...]], int], None],
-        on_end: Callable[[Worker], None],
+        on_end: Callable[[Worker, str], None],
         parent: int | None = None,
     ) -> None:
         self._dispatcher = dispatcher
@@ -329,7 +329,7 @@ class Workers:
             self._perform(self._dispatcher.worker_restored(worker, restored.problem, now_ns))
         elif op is Op.READY:
             ready = decode(messages.Ready, message)
-            self._workforce.confined(worker, ready.sandbox, read_layers(ready.posture))
+            self._workforce.confined(worker, ready.sandbox, read_layers(ready.posture), ready.c_modules)
             if worker.id in self._links:
                 self._perform(self._dispatcher.worker_ready(worker, now_ns))
             else:  # the worker host's report of its descriptors is on the other channel, still on its way
@@ -388,7 +388,7 @@ class Workers:
                 self._bound(link, begun, 0, now_ns)
             if link.output.has_untold:
                 self._tell_output(link, "", link.output.tell(now_ns))
-        self._on_end(worker)
+        self._on_end(worker, cause.last_words)
         self._perform(self._dispatcher.worker_died(worker, cause, now_ns))
         if link is not None:
             self._close(link)

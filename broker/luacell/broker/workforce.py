@@ -168,14 +168,15 @@ class Workforce:
     def _confinement_of(self, contract: Contract) -> Confinement:
         return contract.record.settings.confinement.at_least(self.floor)
 
-    def confined(self, worker: Worker, level: str, layers: tuple[Layer, ...]) -> None:
-        """A worker has told its level, which is what it was ordered as or the floor of its worker host.
+    def confined(self, worker: Worker, level: str, layers: tuple[Layer, ...], c_modules: str = "") -> None:
+        """A worker has told its C modules and its level: the one it was ordered at, or the floor of its worker host.
 
         That floor becomes known by this: a worker that was ordered at a lower level is of the floor's. What it says
         once it may have run a contract counts no more.
         """
         if worker.state is not STARTING:
             return
+        worker.c_modules = c_modules
         if not worker.confinement.has_grants:
             self.posture[level] = layers
         if worker.confinement.level == level:

@@ -54,10 +54,11 @@ def show(crash_id: CrashId, endpoint: Endpoint = None, output: OutputFormat = Ou
         values, info = decoded(crash), crash.info
         if output is Output.JSON:
             args = None if crash.args is None else crash.args.hex()
+            circumstances = {"sandbox": crash.sandbox or None, "c_modules": crash.c_modules, "budget": crash.budget}
             settings = crash.settings.as_fields()
-            print_json({**_facts(info), "args": args, "arguments": values, "settings": settings})
+            print_json({**_facts(info), "args": args, "arguments": values, "settings": settings, **circumstances})
             return
-        print_pairs([(name, printable(text)) for name, text in _told(info)])
+        print_pairs([(name, printable(text)) for name, text in _told(crash)])
         if values is not None:
             import json
 
@@ -156,8 +157,9 @@ def _ended(info: CrashInfo) -> str:
     return f"code {info.code}: {printable(info.cause)}"
 
 
-def _told(info: CrashInfo) -> list[tuple[str, str]]:
+def _told(crash: Crash) -> list[tuple[str, str]]:
     """Return the facts that there are, in words."""
+    info = crash.info
     kept = "" if info.args_kept == info.args_size else f", of which {info.args_kept} are on record"
     rows = [
         ("crash", info.id),
@@ -170,6 +172,8 @@ def _told(info: CrashInfo) -> list[tuple[str, str]]:
         ("exit code", "" if info.exit_code is None else str(info.exit_code)),
         ("began", info.began),
         *((name, _seconds(value)) for name, value in (("queued", info.queued), ("ran", info.ran), ("cpu", info.cpu))),
+        ("budget", _seconds(crash.budget)),
+        ("sandbox", crash.sandbox),
         ("args", f"{info.args_size} bytes{kept}"),
         ("out", f"{info.out_size} bytes"),
         ("source", f"sha256 {info.source_digest}"),

@@ -40,7 +40,7 @@ def test_{title}_does_not_crash({fixtures}) -> None:
     with LuaHostBridge() as bridge:
 {prepare}\
         try:
-            bridge.call(CONTRACT, FUNCTION, ARGS, OUT_SIZE)
+            bridge.call(CONTRACT, FUNCTION, ARGS, OUT_SIZE, timeout=TIMEOUT)
         except CallError as error:
             # An error of the contract's own is an answer; codes from 256 to 1023 are luacell's: a crash, a hang.
             if 256 <= error.code < 1024:
@@ -70,6 +70,7 @@ def regression_test(info: CrashInfo, made: Reproduction, test_file: Path, source
         f"CONTRACT = {_text(made.contract) if isinstance(made.contract, str) else f'0x{made.contract:016X}'}",
         f"FUNCTION = {made.fn_id}",
         f"OUT_SIZE = {made.out_size}",
+        f"TIMEOUT = {made.timeout}",
         f"ARGS = {literal(made.args)}",
         f"SOURCE = {_source(made, test_file, source_file)}",
     ]

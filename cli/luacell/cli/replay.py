@@ -1,4 +1,7 @@
-"""A crash made again: its call, in a fresh worker of a service of its own, and how that compares with the record."""
+"""A crash made again: its call, in a fresh worker of a service of its own, and how that compares with the record.
+
+The service has the floor and the C modules of the one that recorded the crash.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from luacell.cli.reproduction import Reproduction
 from luacell.protocol.errors import AbiErrorCode, CallError
 
 if TYPE_CHECKING:
-    from luacell.client import CrashInfo
+    from luacell.client import CrashInfo, LuaHostBridge
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +62,28 @@ def replay(reproduction: Reproduction, source: bytes | None) -> Outcome:
     Raises:
         LuacellError: the contract does not load, or the service does not start.
     """
-    from luacell.client import LuaFunction, LuaHostBridge
+    from luacell.client import LuaHostBridge
+    from luacell.client.embedded import EmbeddedService
 
-    tried = reproduction.source if source is None else source
-    with LuaHostBridge() as bridge:
-        if reproduction.files:
-            with tempfile.TemporaryDirectory(prefix="luacell-replay-") as directory:
-                reproduction.write(Path(directory), tried)
-                bridge.deploy(directory)
-        else:
-            function = LuaFunction(tried, chunk_name=reproduction.chunk_name)
-            bridge.register_host_contract(reproduction.contract, function)
-        try:
-            out = bridge.call(reproduction.contract, reproduction.fn_id, reproduction.args, reproduction.out_size)
-        except CallError as error:
-            return Outcome(b"", error)
+    service = EmbeddedService(spares=1, options=reproduction.service_options)
+    try:
+        with LuaHostBridge.connect(service.run_directory) as bridge:
+            return _call(bridge, reproduction, reproduction.source if source is None else source)
+    finally:
+        service.stop()
+
+
+def _call(bridge: LuaHostBridge, made: Reproduction, source: bytes) -> Outcome:
+    from luacell.client import LuaFunction
+
+    if made.files:
+        with tempfile.TemporaryDirectory(prefix="luacell-replay-") as directory:
+            made.write(Path(directory), source)
+            bridge.deploy(directory)
+    else:
+        bridge.register_host_contract(made.contract, LuaFunction(source, chunk_name=made.chunk_name))
+    try:
+        out = bridge.call(made.contract, made.fn_id, made.args, made.out_size, timeout=made.timeout)
+    except CallError as error:
+        return Outcome(b"", error)
     return Outcome(out, None)

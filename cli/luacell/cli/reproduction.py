@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from luacell.cli.console import UsageError
+from luacell.protocol.confinement import DEFAULT, stricter
 from luacell.protocol.limits import KIB, MIB
 from luacell.protocol.messages import API_MODULE, CREATE, DESTROY, FETCH, FUNCTION_MASK, IN_INSTANCE, Settings
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from luacell.client import Crash, CrashInfo
 
 MANIFEST: Final = "luacell.toml"
+TIMEOUT_MIN_S: Final = 0.1  # a fresh service is slower than one that is warm; and no worker is killed sooner
 INSTANCE_HEAD_SIZE: Final = 16  # bytes that name an instance, before the arguments
 
 _API: Final = "api.toml"
@@ -44,6 +46,9 @@ class Reproduction:
         chunk_name: of it, as recorded.
         files: all others of the directory, `luacell.toml` included; none where the contract is known by id alone, for
             such a contract is registered, not deployed.
+        sandbox: the level that its worker had.
+        c_modules: paths of the C modules that its worker host had loaded.
+        timeout: seconds for the call; None for as long as the contract says.
     """
 
     contract: str | int
@@ -54,6 +59,19 @@ class Reproduction:
     source: bytes
     chunk_name: str
     files: dict[str, bytes]
+    sandbox: str
+    c_modules: tuple[str, ...]
+    timeout: float | None
+
+    @property
+    def service_options(self) -> list[str]:
+        """Options of `luacell serve` by which a service has the floor and the C modules of the one that recorded it.
+
+        At `default` the linker opens C modules as they are asked for.
+        """
+        if self.sandbox == DEFAULT:
+            return []
+        return ["--sandbox", self.sandbox, *(word for path in self.c_modules for word in ("--c-module", path))]
 
     @classmethod
     def of(cls, crash: Crash) -> Reproduction:
@@ -73,6 +91,8 @@ class Reproduction:
             )
         if api is not None:
             fn_id, args = _without_instance(info, args)
+        sandbox = stricter(crash.settings.sandbox, crash.sandbox or DEFAULT)
+        timeout = None if crash.budget is None else max(crash.budget, TIMEOUT_MIN_S)
         name = info.contract.partition("@")[0]
         contract = f"{name}@{info.version}" if info.version else info.contract_id
         modules = {name: text for name, text in crash.modules.items() if not name.startswith(_RESERVED)}
@@ -82,9 +102,22 @@ class Reproduction:
         if isinstance(contract, str):
             if api is not None:
                 files[_API] = api
-            manifest = manifest_of(contract, source_file, crash.settings, is_typed=api is not None)
+            settings = replace(crash.settings, sandbox=sandbox)
+            manifest = manifest_of(contract, source_file, settings, is_typed=api is not None)
             files = {MANIFEST: manifest.encode(), **files}
-        return cls(contract, fn_id, args, info.out_size, source_file, crash.source, crash.chunk_name, files)
+        return cls(
+            contract,
+            fn_id,
+            args,
+            info.out_size,
+            source_file,
+            crash.source,
+            crash.chunk_name,
+            files,
+            sandbox,
+            crash.c_modules,
+            timeout,
+        )
 
     def write(self, directory: Path, source: bytes) -> None:
         """Write the directory.

@@ -13,6 +13,7 @@ from luacell.client.requests import Request
 from luacell.client.units import Question, Questions
 from luacell.protocol import messages
 from luacell.protocol.errors import CrashNotFound
+from luacell.protocol.limits import US_PER_S
 from luacell.protocol.messages import CRASH_ID_LENGTH, Settings, id_of
 
 
@@ -82,6 +83,9 @@ class Crash:
         chunk_name: its name, in Lua's form.
         modules: by `require` name.
         settings: of the contract.
+        sandbox: the level that its worker had, which may be stricter than the contract's; "" where it is not on record.
+        c_modules: paths of the C modules that its worker host had loaded.
+        budget: seconds that its caller gave the call; None where that is not on record.
     """
 
     info: CrashInfo
@@ -90,6 +94,9 @@ class Crash:
     chunk_name: str
     modules: dict[str, bytes]
     settings: Settings
+    sandbox: str = ""
+    c_modules: tuple[str, ...] = ()
+    budget: float | None = None
 
 
 def listing_crashes() -> Questions[list[CrashInfo]]:
@@ -119,6 +126,8 @@ def reading_crash(crash_id: str) -> Questions[Crash]:
         raise CrashNotFound(crash_id)
     call = (yield _part(crash_id, "args")).body
     sources = (yield _part(crash_id, "sources")).body
+    circumstances = call.get("circumstances") or {}  # a record of an earlier release has none
+    budget_us = circumstances.get("budget_us")
     return Crash(
         info=CrashInfo.from_listing(call["crash"]),
         args=call["args"],
@@ -126,6 +135,9 @@ def reading_crash(crash_id: str) -> Questions[Crash]:
         chunk_name=call["chunk_name"],
         modules=dict(sources["modules"]),
         settings=_settings_of(call["settings"]),
+        sandbox=circumstances.get("sandbox", ""),
+        c_modules=tuple(filter(None, circumstances.get("c_modules", "").split("\n"))),
+        budget=None if budget_us is None else budget_us / US_PER_S,
     )
 
 

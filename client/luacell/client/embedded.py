@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +38,7 @@ class EmbeddedService:
 
     Args:
         spares: blank workers to keep warm.
+        options: more words of its command line, such as "--sandbox" and a level.
 
     Attributes:
         log: what it writes.
@@ -45,7 +47,8 @@ class EmbeddedService:
         BridgeNotInitialized: it did not come up; the text says why.
     """
 
-    def __init__(self, spares: int) -> None:
+    def __init__(self, spares: int, options: Sequence[str] = ()) -> None:
+        self._options = options
         parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()).absolute()
         sweep(parent)
         self.run_directory = _make_directory(parent)
@@ -86,6 +89,7 @@ class EmbeddedService:
             *("--run-dir", str(self.run_directory), "--ephemeral"),
             *("--host", str(os.getpid()), "--spares", str(spares)),
             *("--ready-fd", str(report), "--log-level", wanted_level()),
+            *self._options,
         ]
 
     def _await(self, ready: int) -> None:

@@ -73,6 +73,7 @@ class Layer(NamedTuple):
     detail: str
 
 
+C_MODULES_TEXT_MAX: Final = 8192  # characters of the paths of C modules, with an end of line between two: 64 of 127
 POSTURE_MAX: Final = 4000  # characters: some 15 layers with a sentence each
 _IN_FORCE, _NOT_IN_FORCE = "+", "-"
 

@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-from luacell.protocol.confinement import DEFAULT, GRANTS_TEXT_MAX, POSTURE_MAX, SANDBOX_LEVELS, Confinement
+from luacell.protocol.confinement import (
+    C_MODULES_TEXT_MAX,
+    DEFAULT,
+    GRANTS_TEXT_MAX,
+    POSTURE_MAX,
+    SANDBOX_LEVELS,
+    Confinement,
+)
 from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.fields import (
     U32_MAX,
@@ -503,12 +510,14 @@ class Ready:
         posture: its layers of protection, one a line: "+" where it is in force, else "-", its name, a tab, and what it
             does or why it is not.
         sandbox: the level that it has; at least the one that START asked for.
+        c_modules: paths of the C modules that its worker host has loaded, one a line.
     """
 
     OP: ClassVar[Op] = Op.READY
     pid: int = integer()
     posture: str = text(POSTURE_MAX, "")
     sandbox: str = choice(SANDBOX_LEVELS, DEFAULT)
+    c_modules: str = text(C_MODULES_TEXT_MAX, "")
 
 
 @dataclass(frozen=True, slots=True)

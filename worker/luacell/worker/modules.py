@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from luacell.protocol.confinement import C_MODULES_TEXT_MAX
+
 C_MODULES_MAX: Final = 64
 
 
@@ -29,7 +31,8 @@ def load_c_modules(paths: Iterable[str]) -> tuple[str, ...]:
         Their absolute paths, by which Lua finds them.
 
     Raises:
-        ModuleUnavailable: one is missing or no shared object, lacks a symbol, or there are too many.
+        ModuleUnavailable: one is missing or no shared object, lacks a symbol, has a path that cannot be printed, or
+            there are too many.
     """
     loaded: list[str] = []
     for path in paths:
@@ -38,6 +41,10 @@ def load_c_modules(paths: Iterable[str]) -> tuple[str, ...]:
         absolute = str(Path(path).absolute())
         if not absolute.endswith(".so"):
             raise ModuleUnavailable(f"C module {path!r} does not end with .so, so that it has no name")
+        if not absolute.isprintable():  # an end of line, or bytes that are no UTF-8
+            raise ModuleUnavailable(f"C module {path!r} has a path that cannot be printed")
+        if len("\n".join([*loaded, absolute])) > C_MODULES_TEXT_MAX:
+            raise ModuleUnavailable(f"the paths of C modules have more than {C_MODULES_TEXT_MAX} characters together")
         try:
             ctypes.CDLL(absolute, os.RTLD_NOW)
         except OSError as error:

@@ -135,7 +135,12 @@ class WorkerProcess:
         """Serve until killed."""
         loop = self._loop
         sandbox = self._sandbox
-        ready = messages.Ready(pid=os.getpid(), posture=written(sandbox.layers), sandbox=sandbox.confinement.level)
+        ready = messages.Ready(
+            pid=os.getpid(),
+            posture=written(sandbox.layers),
+            sandbox=sandbox.confinement.level,
+            c_modules="\n".join(self._c_modules),
+        )
         self._socket.send(encode(ready))
         while True:
             try:
