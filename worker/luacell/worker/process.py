@@ -7,6 +7,7 @@ killed. It never exits in an orderly way: finalizers of a Lua state may hang. Wh
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import resource
 import signal
@@ -15,9 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-import zmq
-
-from luacell.protocol import headers, messages
+from luacell.protocol import headers, messages, zmtp
 from luacell.protocol.api import ApiError, find_contract, parse
 from luacell.protocol.confinement import UNTRUSTED, Confinement, stricter, written
 from luacell.protocol.errors import AbiErrorCode, ProtocolError
@@ -32,6 +31,7 @@ from luacell.protocol.limits import (
 )
 from luacell.protocol.memory.channel import ChannelClosed, close_all, receive_message
 from luacell.protocol.memory.segments import Mapping
+from luacell.protocol.memory.stream import connect_stream
 from luacell.protocol.messages import API_MODULE, decode, encode, id_of
 from luacell.protocol.slots import DONE_OFFSET, PAYLOAD_OFFSET, SLOT_SHIFT, read_answer
 from luacell.worker.binding import binding_source
@@ -40,7 +40,7 @@ from luacell.worker.sandbox.attributes import SandboxUnavailable, die_with_paren
 from luacell.worker.sandbox.levels import Preparation, Sandbox
 from luacell.worker.vm import OutOfLuaMemory, Vm
 
-CONNECT_LIMIT_MS: Final = 5000
+CONNECT_LIMIT_S: Final = 5.0
 MAP_LIMIT_S: Final = 5.0  # a pair named by a call is on its way already
 IDLE_BEFORE_DISARM_MS: Final = 500
 DESCRIPTORS_MAX: Final = 1024  # soft limit, as usual; the worker host has raised its own
@@ -49,27 +49,10 @@ EXIT_BROKEN: Final = 70  # the worker itself cannot go on (EX_SOFTWARE)
 OUT_OF_MEMORY_TEXT: Final = b"Lua exception: not enough memory"
 _LATE: Final = frozenset({Op.RESULT_INLINE, Op.PIECE, Op.MORE, Op.FAILURE, Op.REPLY})  # for whom nobody waits any more
 STATM_SIZE: Final = 128  # bytes; seven numbers
+_INBOX_SIZE: Final = MESSAGE_MAX + (64 << 10)  # bytes; the largest message, and what has come with its end
+_FRAME_HEAD: Final = 16  # bytes before the reply, of which the head of a frame takes the last 2 or 9
 _RECORD_SIZE: Final = headers.EXECUTE.size
 _POSITION_MASK: Final = (1 << SLOT_SHIFT) - 1
-
-
-def _libzmq_path() -> str:
-    """Return the path of the libzmq that pyzmq has loaded, so that Lua can load the very same.
-
-    Raises:
-        ImportError: pyzmq was built with libzmq inside, where nobody else can reach it.
-    """
-    with Path("/proc/self/maps").open() as maps:
-        for line in maps:
-            path = line.rstrip("\n").partition("/")[2]
-            if Path(path).name.startswith("libzmq"):
-                return f"/{path}"
-    raise ImportError("this pyzmq has no libzmq of its own that Lua could share; install pyzmq's binary wheel")
-
-
-LIBZMQ: Final = _libzmq_path()
-# The linker then knows it by this very path, and opens nothing when a worker asks for it, to which the file is closed.
-ctypes.CDLL(LIBZMQ)
 
 
 class _ManySingletons(Exception):
@@ -110,26 +93,15 @@ class WorkerProcess:
         self._channel.settimeout(MAP_LIMIT_S)
         self._pairs: dict[tuple[int, int], tuple[Mapping, Mapping, int]] = {}  # args, out, stride of out
         self._records = ctypes.create_string_buffer(CALLS_PER_MESSAGE_MAX * headers.EXECUTE.size)
-        self._reply = ctypes.create_string_buffer(headers.PREAMBLE_SIZE + CALLS_PER_MESSAGE_MAX * headers.DONE.size)
+        reply_size = headers.PREAMBLE_SIZE + CALLS_PER_MESSAGE_MAX * headers.DONE.size
+        self._reply = ctypes.create_string_buffer(_FRAME_HEAD + reply_size)
         self._progress = _Progress()
-        self._reply_view = memoryview(self._reply).cast("B")
-        answers_address = ctypes.addressof(self._reply) + headers.PREAMBLE_SIZE
-        self._vm = Vm(ctypes.addressof(self._records), answers_address)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._connect(broker_socket, routing_id)
-        self._loop = self._make_loop()  # now: the library that it names could not be opened later
-
-    def _connect(self, broker_socket: Path, routing_id: bytes) -> zmq.Socket[bytes]:
-        dealer = self._context.socket(zmq.DEALER)
-        dealer.setsockopt(zmq.ROUTING_ID, routing_id)
-        dealer.setsockopt(zmq.IMMEDIATE, 1)
-        dealer.setsockopt(zmq.LINGER, 0)
-        dealer.setsockopt(zmq.RECONNECT_IVL, -1)  # the sandbox forbids new sockets; a lost broker kills us anyway
-        dealer.setsockopt(zmq.MAXMSGSIZE, MESSAGE_MAX)
-        dealer.connect(f"ipc://{broker_socket}")
-        if not dealer.poll(CONNECT_LIMIT_MS, zmq.POLLOUT):
-            os._exit(EXIT_BROKEN)
-        return dealer
+        self._reply_view = memoryview(self._reply).cast("B")[_FRAME_HEAD:]
+        self._reply_address = ctypes.addressof(self._reply) + _FRAME_HEAD
+        self._inbox = mmap.mmap(-1, _INBOX_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._vm = Vm(ctypes.addressof(self._records), self._reply_address + headers.PREAMBLE_SIZE)
+        self._stream = connect_stream(broker_socket, routing_id, CONNECT_LIMIT_S)
+        self._loop = self._make_loop()
 
     def run(self) -> NoReturn:
         """Serve until killed."""
@@ -141,7 +113,7 @@ class WorkerProcess:
             sandbox=sandbox.confinement.level,
             c_modules="\n".join(self._c_modules),
         )
-        self._socket.send(encode(ready))
+        self._send(encode(ready))
         while True:
             try:
                 found = loop.serve()
@@ -151,9 +123,7 @@ class WorkerProcess:
                     _await_death()
                 else:
                     address, size = found
-                    message = ctypes.string_at(int(address), int(size))
-                    loop.done_with()
-                    self._handle(message)
+                    self._handle(ctypes.string_at(int(address), int(size)))
             except OutOfLuaMemory:
                 self._answer_out_of_memory()
                 _await_death()
@@ -162,14 +132,19 @@ class WorkerProcess:
         """Return the loop that runs inside LuaJIT; its buffers are ours."""
         self._reply_view[: headers.PREAMBLE_SIZE] = headers.head(Op.DONE)
         return self._vm.make_loop(
-            LIBZMQ,
-            self._socket.underlying,
+            self._stream.fileno(),
+            ctypes.addressof(ctypes.c_char.from_buffer(self._inbox)),
+            _INBOX_SIZE,
             headers.head(Op.EXECUTE),
             ctypes.addressof(self._records),
-            ctypes.addressof(self._reply),
+            self._reply_address,
             ctypes.addressof(self._progress),
             IDLE_BEFORE_DISARM_MS,
         )
+
+    def _send(self, message: bytes) -> None:
+        """Say something that is no answer; waits where the broker is slow to read."""
+        self._stream.sendall(zmtp.frame(message))
 
     def _handle(self, message: bytes) -> None:
         """Act on a message that has no calls."""
@@ -199,11 +174,11 @@ class WorkerProcess:
             payload = start + PAYLOAD_OFFSET
             out.view[payload : payload + len(OUT_OF_MEMORY_TEXT)] = OUT_OF_MEMORY_TEXT
             headers.DONE.pack_into(out.view, start + DONE_OFFSET, *done)  # the words behind `begun` have the same form
-            headers.DONE.pack_into(self._reply, headers.PREAMBLE_SIZE + progress.unsent * headers.DONE.size, *done)
+            headers.DONE.pack_into(self._reply_view, headers.PREAMBLE_SIZE + progress.unsent * headers.DONE.size, *done)
             progress.unsent += 1
         if progress.unsent:
             answers = self._reply_view[headers.PREAMBLE_SIZE :][: progress.unsent * headers.DONE.size]
-            self._socket.send(headers.head(Op.DONE, progress.unsent) + answers)
+            self._send(headers.head(Op.DONE, progress.unsent) + answers)
 
     def _load(self, load: messages.Load) -> None:
         self._vm.arm_for(LOAD_LIMIT_NS // NS_PER_S)
@@ -231,7 +206,7 @@ class WorkerProcess:
             saves=not problem and self._vm.saves,
             restores=not problem and self._vm.restores,
         )
-        self._socket.send(encode(loaded))
+        self._send(encode(loaded))
         if problem:
             _await_death()
 
@@ -251,7 +226,7 @@ class WorkerProcess:
         """Give the state of the singleton to the broker, for the worker that follows this one."""
         self._vm.arm_for(CARRY_LIMIT_NS // NS_PER_S)
         state, problem = self._vm.save(STATE_MAX)
-        self._socket.send(encode(messages.Saved(state=state, problem=problem[: messages.REASON_MAX])))
+        self._send(encode(messages.Saved(state=state, problem=problem[: messages.REASON_MAX])))
         _await_death()
 
     def _restore(self, given: messages.Restore) -> None:
@@ -259,7 +234,7 @@ class WorkerProcess:
         self._vm.arm_for(CARRY_LIMIT_NS // NS_PER_S)
         problem = self._vm.restore(given.state)
         self._vm.disarm()
-        self._socket.send(encode(messages.Restored(problem=problem[: messages.REASON_MAX])))
+        self._send(encode(messages.Restored(problem=problem[: messages.REASON_MAX])))
         if problem:
             _await_death()
 
@@ -372,7 +347,7 @@ def run_worker(
         process = WorkerProcess(broker_socket, routing_id, channel, sandbox, c_modules, statm)
         sandbox.finish()
         process.run()
-    except (ChannelClosed, ProtocolError, OSError, ValueError, zmq.ZMQError, SandboxUnavailable) as error:
+    except (ChannelClosed, ProtocolError, OSError, ValueError, SandboxUnavailable) as error:
         os.write(2, f"luacell worker {os.getpid()}: {type(error).__name__}: {error}\n".encode())
     finally:
         os._exit(EXIT_BROKEN)

@@ -59,7 +59,7 @@ class Vm:
         self._typed: Any = None
 
     def make_loop(self, *arguments: object) -> Any:
-        """Return the loop of serve.lua: a table with `serve` and `done_with`; see there for the arguments."""
+        """Return the loop of serve.lua: a table with `serve`; see there for the arguments."""
         loop = self._chunk("serve.lua", self._runtime, *arguments)
         typed = self._chunk("typed.lua", self._runtime)
         asked = (self._asked(nested.named), self._asked(nested.described), self._asked(nested.failed))

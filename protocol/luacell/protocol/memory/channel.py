@@ -44,8 +44,7 @@ def connect_channel(path: Path, timeout_s: float) -> socket.socket:
     """
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
-        # Blocking: Python's timeouts make the socket non-blocking, and then a full queue is an error at once.
-        channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(*_seconds_and_us(timeout_s)))
+        set_timeouts(channel, timeout_s)
         channel.connect(os.fspath(path))
         channel.settimeout(timeout_s)
     except BaseException as error:
@@ -56,9 +55,16 @@ def connect_channel(path: Path, timeout_s: float) -> socket.socket:
     return channel
 
 
-def _seconds_and_us(duration_s: float) -> tuple[int, int]:
-    seconds = int(duration_s)
-    return seconds, int((duration_s - seconds) * 1e6)
+def set_timeouts(blocking: socket.socket, timeout_s: float) -> None:
+    """Have a socket give up with BlockingIOError after `timeout_s` seconds of waiting; 0 means never.
+
+    It stays a blocking one: Python's own timeouts make it non-blocking, and then a full queue of `connect` is an error
+    at once, and every receive is two system calls.
+    """
+    seconds = int(timeout_s)
+    timeval = _TIMEVAL.pack(seconds, int((timeout_s - seconds) * 1e6))
+    for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+        blocking.setsockopt(socket.SOL_SOCKET, option, timeval)
 
 
 def send_message(channel: socket.socket, message: bytes, descriptors: Sequence[int] = ()) -> None:

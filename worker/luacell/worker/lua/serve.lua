@@ -1,37 +1,40 @@
 -- The worker's loop inside LuaJIT: receive calls, run them, answer, without a turn through Python.
 --
--- It speaks to the libzmq that the process has loaded already. Whatever is not a call (a contract to load, a pair to
+-- It speaks ZMTP on the process's own connection, frame by frame. Whatever is not a call (a contract to load, a pair to
 -- map) is handed to the process, which comes back here afterwards.
 --
 -- Answers are gathered while more calls are at hand, so that a busy broker gets several in one message; never for
 -- long: not behind a call that may be slow, and not beyond GATHER_NS.
 --
--- Arguments: execute.lua's table, path of libzmq, the socket's address, the first bytes of a message with one call,
--- addresses of the records that execute reads, of the reply that it fills and of the place where this loop notes how
--- far it is; milliseconds without a call after which the timer is stopped.
+-- Arguments: execute.lua's table, the connection's descriptor, address and size of its inbox, the first bytes of a
+-- message with one call, addresses of the records that execute reads, of the reply that it fills (with FRAME_HEAD bytes
+-- before it) and of the place where this loop notes how far it is; milliseconds without a call after which the timer is
+-- stopped.
 
-local runtime, library, socket_address, execute_head, records_address, reply_address, progress_address, idle_ms = ...
+local runtime, descriptor, inbox_address, inbox_size, execute_head, records_address, reply_address, progress_address,
+  idle_ms = ...
 
 local ffi = require("ffi")
 local bit = require("bit")
 local cast, copy, errno, band = ffi.cast, ffi.copy, ffi.errno, bit.band
-local string_of, byte = ffi.string, string.byte
+local string_of, byte, rshift = ffi.string, string.byte, bit.rshift
 local execute, disarm, clock_ns = runtime.execute, runtime.disarm, runtime.clock_ns
 
 ffi.cdef [[
-typedef struct { uint64_t words[8]; } luacell_frame;
 typedef struct { uint32_t position, count, unsent; } luacell_progress;
-int luacell_frame_init(luacell_frame *) __asm__("zmq_msg_init");
-int luacell_frame_receive(luacell_frame *, void *socket, int flags) __asm__("zmq_msg_recv");
-void *luacell_frame_data(luacell_frame *) __asm__("zmq_msg_data");
-size_t luacell_frame_size(const luacell_frame *) __asm__("zmq_msg_size");
-int luacell_frame_close(luacell_frame *) __asm__("zmq_msg_close");
-int luacell_send(void *socket, const void *, size_t, int flags) __asm__("zmq_send");
-int luacell_set_option(void *socket, int option, const void *, size_t) __asm__("zmq_setsockopt");
+typedef struct { long seconds, us; } luacell_timeval;
+/* They return ssize_t, of which the lower half is enough here, and is no cdata. */
+int luacell_receive(int fd, void *, size_t, int flags) __asm__("recv");
+int luacell_send(int fd, const void *, size_t, int flags) __asm__("send");
+int luacell_set_option(int fd, int level, int option, const void *, unsigned) __asm__("setsockopt");
+void *luacell_move(void *, const void *, size_t) __asm__("memmove");
+int luacell_pause(void) __asm__("pause");
 ]]
 
-local zmq = ffi.load(library)
-local RCVTIMEO, DONTWAIT, EAGAIN, EINTR = 27, 1, 11, 4
+local C = ffi.C
+local SOL_SOCKET, SO_RCVTIMEO, DONTWAIT, NOSIGNAL, EAGAIN, EINTR = 1, 20, 0x40, 0x4000, 11, 4
+local MORE, LONG, COMMAND, SHORT_MAX, SHORT_HEAD, LONG_HEAD = 1, 2, 4, 255, 2, 9 -- of a frame
+local ROOM = 65536 -- bytes of the inbox that are there to receive into at least
 local PREAMBLE_SIZE, RECORD_SIZE, ANSWER_SIZE = 8, ffi.sizeof("luacell_execute"), ffi.sizeof("luacell_done")
 local OP_AT, COUNT_AT = 3, 4 -- of a preamble
 local ANSWERS_MAX = 256 -- gathered at most
@@ -40,14 +43,14 @@ local SLOW_NS = 100000 -- a function that took longer the last time is not begun
 local AHEAD, RETIRE, NOT_BEGUN = 4, 1, 2
 local FUNCTIONS = 255 -- those with equal low bits share what is known of their pace
 
-local socket = cast("void *", cast("uintptr_t", socket_address))
+local inbox = cast("uint8_t *", cast("uintptr_t", inbox_address))
+local first, last = 0, 0 -- what has been received and not taken yet lies between these
 local record_bytes = cast("uint8_t *", cast("uintptr_t", records_address))
 local records = cast("luacell_execute *", record_bytes)
 local reply = cast("uint8_t *", cast("uintptr_t", reply_address))
 local progress = cast("luacell_progress *", cast("uintptr_t", progress_address))
-local frame = ffi.new("luacell_frame")
 local HEAD = cast("const uint32_t *", execute_head)[0] -- magic, version and operation
-local timeout = ffi.new("int[1]")
+local timeout = ffi.new("luacell_timeval")
 local is_guarded = false
 local is_slow = ffi.new("uint8_t[?]", FUNCTIONS + 1, 1) -- by function: until it is known, every one may be
 local gathering_ns = 0 -- since when answers are at hand
@@ -59,17 +62,85 @@ local aside -- the one that is being acted on
 local function set_guarded(guarded)
   if guarded == is_guarded then return end
   is_guarded = guarded
-  timeout[0] = guarded and idle_ms or -1
-  zmq.luacell_set_option(socket, RCVTIMEO, timeout, 4)
+  timeout.us = guarded and idle_ms * 1000 or 0
+  C.luacell_set_option(descriptor, SOL_SOCKET, SO_RCVTIMEO, timeout, ffi.sizeof(timeout))
+end
+
+-- The broker has hung up, so whoever ends workers has been told to end this one. It may not say anything of its own.
+local function await_death()
+  while true do C.luacell_pause() end
+end
+
+local function write(data, size)
+  while size > 0 do
+    local sent = C.luacell_send(descriptor, data, size, NOSIGNAL)
+    if sent >= 0 then
+      data, size = data + sent, size - sent
+    elseif errno() ~= EINTR and errno() ~= EAGAIN then
+      await_death()
+    end
+  end
+end
+
+-- Put the head of a frame of `size` bytes right before `body`; returns where the frame begins, and its size.
+local function framed(body, size)
+  if size <= SHORT_MAX then
+    body[-2], body[-1] = 0, size
+    return body - SHORT_HEAD, size + SHORT_HEAD
+  end
+  body[-LONG_HEAD] = LONG
+  local rest = size
+  for index = -1, 1 - LONG_HEAD, -1 do
+    body[index] = band(rest, 255)
+    rest = rshift(rest, 8)
+  end
+  return body - LONG_HEAD, size + LONG_HEAD
+end
+
+-- Take the next message of the inbox: its place and size. Nothing when it has not come, or not all of it.
+local function take()
+  while last - first >= SHORT_HEAD do
+    local flags, head, size = inbox[first], SHORT_HEAD, inbox[first + 1]
+    if band(flags, LONG) ~= 0 then
+      if last - first < LONG_HEAD then return end
+      head, size = LONG_HEAD, 0
+      for index = 1, 8 do size = size * 256 + inbox[first + index] end
+    end
+    if head + size > inbox_size then error("a frame of " .. size .. " bytes from the broker", 0) end
+    if last - first < head + size then return end
+    local body = inbox + first + head
+    first = first + head + size
+    if band(flags, MORE) ~= 0 then error("a message of several frames from the broker", 0) end
+    if band(flags, COMMAND) == 0 then return body, size end
+  end
+end
+
+-- Receive what has come; with DONTWAIT, or while the timer may be running, it may be nothing, which it returns.
+local function fill(flags)
+  if first == last then
+    first, last = 0, 0
+  elseif first > 0 and inbox_size - last < ROOM then
+    C.luacell_move(inbox, inbox + first, last - first)
+    first, last = 0, last - first
+  end
+  while true do
+    local size = C.luacell_receive(descriptor, inbox + last, inbox_size - last, flags)
+    if size > 0 then
+      last = last + size
+      return true
+    end
+    if size == 0 then await_death() end
+    local code = errno()
+    if code == EAGAIN then return false end
+    if code ~= EINTR then await_death() end
+  end
 end
 
 local function answer()
   local count = progress.unsent
   progress.unsent = 0
   cast("uint16_t *", reply + COUNT_AT)[0] = count
-  while zmq.luacell_send(socket, reply, PREAMBLE_SIZE + count * ANSWER_SIZE, 0) < 0 do
-    if errno() ~= EINTR then error("zmq_send failed with errno " .. errno(), 0) end
-  end
+  write(framed(reply, PREAMBLE_SIZE + count * ANSWER_SIZE))
 end
 
 -- Run the calls at hand. Returns nothing when all are done, "map" when one names a pair that is not mapped (it is the
@@ -103,30 +174,29 @@ local function run()
   end
 end
 
--- Take a message into the frame; false when none is there and answers are to be sent first.
+-- Return place and size of the next message; before waiting for it, answers are sent.
 local function receive()
+  local data, size = take()
   local may_gather = progress.unsent > 0 and band(records[progress.count - 1].flags, AHEAD) ~= 0
   if progress.unsent > 0 and not may_gather then answer() end
   began_ns = may_gather and began_ns or 0
-  while true do
-    zmq.luacell_frame_init(frame)
-    if zmq.luacell_frame_receive(frame, socket, may_gather and DONTWAIT or 0) >= 0 then return end
-    local code = errno()
-    if code == EAGAIN and may_gather then
-      answer()
-      may_gather = false
-      began_ns = 0
-    elseif code == EAGAIN then
-      disarm()
-      set_guarded(false)
-    elseif code ~= EINTR then
-      error("zmq_msg_recv failed with errno " .. code, 0)
+  while not data do
+    if not fill(may_gather and DONTWAIT or 0) then
+      if may_gather then
+        answer()
+        may_gather = false
+        began_ns = 0
+      else
+        disarm()
+        set_guarded(false)
+      end
     end
+    data, size = take()
   end
+  return data, size
 end
 
--- Returns "map" or "retire" as `run` does, or address and size of a message for the process, which must call
--- `done_with` afterwards.
+-- Returns "map" or "retire" as `run` does, or address and size of a message for the process, to be read at once.
 local function serve()
   while true do
     local reason = run()
@@ -138,8 +208,7 @@ local function serve()
       aside_first = aside_first + 1
       data, size = cast("uint8_t *", aside), #aside
     else
-      receive()
-      data, size = cast("uint8_t *", zmq.luacell_frame_data(frame)), tonumber(zmq.luacell_frame_size(frame))
+      data, size = receive()
     end
     set_guarded(true)
     local count = 0
@@ -151,42 +220,34 @@ local function serve()
       return tonumber(cast("uintptr_t", data)), size
     end
     copy(record_bytes, data + PREAMBLE_SIZE, count * RECORD_SIZE)
-    if aside then aside = nil else zmq.luacell_frame_close(frame) end
     progress.position, progress.count = 0, count
   end
 end
 
 -- -- for a call that makes one itself ----------------------------------------------------------------------------
-local inner_frame = ffi.new("luacell_frame")
-
 -- Answers for the calls before the running one must not wait for it.
 local function send(message)
   if progress.unsent > 0 then answer() end
-  while zmq.luacell_send(socket, message, #message, 0) < 0 do
-    if errno() ~= EINTR then error("zmq_send failed with errno " .. errno(), 0) end
-  end
+  local size = #message
+  local outgoing = ffi.new("uint8_t[?]", LONG_HEAD + size)
+  copy(outgoing + LONG_HEAD, message, size)
+  write(framed(outgoing + LONG_HEAD, size))
 end
 
 -- Wait for a message of one of the given operations; others are set aside.
 local function await(wanted)
   while true do
-    zmq.luacell_frame_init(inner_frame)
-    if zmq.luacell_frame_receive(inner_frame, socket, 0) >= 0 then
-      local message = string_of(zmq.luacell_frame_data(inner_frame), zmq.luacell_frame_size(inner_frame))
-      zmq.luacell_frame_close(inner_frame)
+    local data, size = take()
+    if data then
+      local message = string_of(data, size)
       local op = byte(message, OP_AT + 1)
       if wanted[op] then return op, message end
       aside_last = aside_last + 1
       set_aside[aside_last] = message
     else
-      local code = errno()
-      if code ~= EINTR and code ~= EAGAIN then error("zmq_msg_recv failed with errno " .. code, 0) end
+      fill(0)
     end
   end
 end
 
-local function done_with()
-  if aside then aside = nil else zmq.luacell_frame_close(frame) end
-end
-
-return { serve = serve, done_with = done_with, send = send, await = await }
+return { serve = serve, send = send, await = await }

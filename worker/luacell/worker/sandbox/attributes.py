@@ -1,7 +1,7 @@
 """Takes attributes and limits from a process: what the kernel keeps of it apart from filters and rules.
 
-Most of them hold for the thread that asks and for those that it starts later, so a worker asks before libzmq starts its
-own. Each layer that cannot be had is a SandboxUnavailable with its name.
+Most of them hold for the thread that asks and for those that it starts later, so a worker asks while it has but
+one. Each layer that cannot be had is a SandboxUnavailable with its name.
 
 Source: prctl(2), capabilities(7), getrlimit(2), environ(7), proc_pid_stat(5).
 """

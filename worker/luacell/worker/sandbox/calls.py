@@ -133,7 +133,7 @@ DENIED: Final[Mapping[str, Mapping[str, int]]] = {
     },
 }
 
-# What is connected stays connected; libzmq only ever needs these to connect anew.
+# What is connected stays connected; a worker that is confined needs none of these.
 CONNECTIONS: Final[Mapping[str, int]] = {
     "socket": 41,
     "connect": 42,
@@ -259,7 +259,7 @@ _COMMON: Final = (
     # A process past its limit of CPU time gets SIGKILL, whoever set the limit.
     Rule("prlimit64", 302, condition=_OF_ITSELF),
     Rule("mmap", 9, ALLOW, condition=_UNCOUNTED, met=REFUSED),
-    # libzmq sets its threads' scheduling as they begin, perhaps only now, and aborts where that fails.
+    # Libraries set their threads' scheduling as they begin, and some (libzmq) abort where that fails.
     Rule("sched_setparam", 142, PRETENDED),
     Rule("sched_setscheduler", 144, PRETENDED),
 )

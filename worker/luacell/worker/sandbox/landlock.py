@@ -1,7 +1,7 @@
 """Takes the file system from a process, but for what a ruleset names: landlock, by its three system calls.
 
-A ruleset is a descriptor; the worker host makes it, and the worker puts itself under it before libzmq starts its
-threads, for landlock confines the thread that asks and those that it starts later. It also keeps signals, abstract
+A ruleset is a descriptor; the worker host makes it, and the worker puts itself under it while it has but one
+thread, for landlock confines the thread that asks and those that it starts later. It also keeps signals, abstract
 sockets and TCP ports away, where the kernel knows how. What it cannot see (looking at names, owners, modes; `chdir`) is
 the filter's.
 

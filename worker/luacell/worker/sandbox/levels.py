@@ -3,7 +3,7 @@
     worker host:  prepare (a ruleset)                       ─┐ fork
     worker:       die_with_parent, quiet                     │
                   begin: not dumpable, no environment, limits, no privileges, landlock
-                  libzmq starts its threads and connects     │ they are born under all of that
+                  connect to the broker                      │
                   finish: no growth, seccomp on every thread │
                   READY, LOAD, Lua                          ─┘
 

@@ -37,8 +37,7 @@ class Limits(NamedTuple):
     address_space: int
 
 
-# Where /proc does not tell. A worker that waits for its contract has 32 MiB and 111 MiB; heaps for both of libzmq's
-# threads take 128 MiB more of address space.
+# Where /proc does not tell. A worker that waits for its contract has far less.
 SUPPOSED: Final = Use(64 * MIB, 512 * MIB, 0)
 
 
@@ -60,8 +59,7 @@ def limits(before: Use, memory: int, max_rss: int) -> Limits:
 
     As data it may take what it would be retired at between two calls, RSS_HARD_FACTOR times `max_rss`: a call that
     takes more is stopped at the same point, and recycling comes long before. So many times `memory` at least, since a
-    heap in pieces takes more than is in it. With RSS_MIN it is 128 MiB or more: libzmq, which aborts when its threads
-    get nothing, is far from the 32 MiB that it may need.
+    heap in pieces takes more than is in it. With RSS_MIN it is 128 MiB or more.
 
     Address space has the same on top of what all hosts together may have in segments: none of these fails to be mapped.
 
