@@ -6,6 +6,7 @@ import ctypes
 import signal
 import struct
 import time
+from functools import partial
 from typing import Any
 
 from luacell.client.typed import HostTypes, Marshaller, compile_contract
@@ -15,6 +16,7 @@ from luacell.protocol.headers import DONE, EXECUTE, HAS_ARGS, HAS_OUT, Done, Exe
 from luacell.protocol.limits import MIB
 from luacell.protocol.slots import PAYLOAD_OFFSET, SlotShape, write_generation
 from luacell.worker.binding import binding_source
+from luacell.worker.raw_binding import raw_binding_source
 from luacell.worker.vm import Vm
 
 IN_INSTANCE = 0x8000_0000
@@ -54,7 +56,8 @@ class InProcess:
         self._answers = ctypes.create_string_buffer(DONE.size)
         self.vm = Vm(ctypes.addressof(self._records), ctypes.addressof(self._answers))
         binding = binding_source(self.contract, api.enums)
-        self.problem, self.reason = self.vm.load(source.encode(), "@contract.lua", {}, 256 * MIB, binding)
+        raw = partial(raw_binding_source, self.contract)
+        self.problem, self.reason = self.vm.load(source.encode(), "@contract.lua", {}, 256 * MIB, binding, raw)
         self.map(ARENA)
         self._sequence = 0
 

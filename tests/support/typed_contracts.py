@@ -24,6 +24,47 @@ end
 return Svc
 """
 
+RAW_SVC_LUA: Final = """
+local ffi = require("ffi")
+ffi.cdef [[
+typedef struct { uint8_t k; double v; bool on; } ScaleArgs;
+typedef struct { const uint8_t *ptr; size_t len; } StringView;
+typedef struct { uint8_t *ptr; size_t len, cap; } Buffer;
+typedef struct { float x, y; } Point;
+typedef struct { uint8_t mode; Point p; Buffer data; uint16_t tag; } MixArgs;
+typedef struct { bool flag; uint64_t id; StringView label; Point at; uint8_t mode; Buffer blob; } Record;
+typedef struct { uint32_t acc; int8_t small; int64_t big; } OpenArgs;
+]]
+local borrowed -- until the next call
+local functions = {
+  [0] = function(args, out)
+    local given = ffi.cast("ScaleArgs *", args)
+    ffi.cast("double *", out)[0] = given.on and given.k * given.v or -given.v
+  end,
+  function(args, out)
+    local given, result = ffi.cast("StringView *", args), ffi.cast("StringView *", out)
+    borrowed = ffi.string(given.ptr, given.len):upper()
+    result.ptr, result.len = ffi.cast("const uint8_t *", borrowed), #borrowed
+  end,
+  function(args, out)
+    local given, result = ffi.cast("MixArgs *", args), ffi.cast("Record *", out)
+    local data = ffi.string(given.data.ptr, given.data.len)
+    borrowed = { "tag " .. given.tag, ffi.new("uint8_t[?]", 2 * #data) }
+    ffi.copy(borrowed[2], data .. data, 2 * #data)
+    result.flag, result.id = given.mode == 1, 18446744073709551615ULL
+    result.label.ptr, result.label.len = ffi.cast("const uint8_t *", borrowed[1]), #borrowed[1]
+    result.at.x, result.at.y, result.mode = given.p.y, given.p.x, given.mode
+    result.blob.ptr, result.blob.len = borrowed[2], 2 * #data
+  end,
+  function(args, out)
+    local given = ffi.cast("OpenArgs *", args)
+    local is_least = given.small == -128 and given.big == -9223372036854775807LL - 1
+    ffi.cast("uint32_t *", out)[0] = is_least and 2 or given.acc
+  end,
+}
+return function(fn_id, args, out) functions[fn_id](args, out) end
+"""
+
 COUNTER_API: Final = """
 [[host_contract]]
 name = "host.counter"

@@ -37,6 +37,7 @@ from tests.support.in_process import InProcess
 from tests.support.processes import broker_pid, resident_kib, run_directory, workers_of
 from tests.support.typed_contracts import (
     COUNTER_LUA,
+    RAW_SVC_LUA,
     SVC_LUA,
     counter_api,
     deploy_typed,
@@ -191,7 +192,6 @@ def test_room_beyond_the_result_shows_nothing_of_earlier_calls(bridge: LuaHostBr
 @pytest.mark.parametrize(
     ("source", "kind", "text"),
     [
-        ("function() end", TypeMismatch, "expected Lua table, got Lua function"),
         ("return 42", TypeMismatch, "expected Lua table, got Lua number"),
         (SVC_LUA.replace("Svc:open", "Svc:opened"), VmRegistrationFailed, "host.svc@1: the implementation has no"),
     ],
@@ -202,6 +202,41 @@ def test_what_is_no_implementation_is_refused(
     with pytest.raises(kind, match=text):
         bridge.deploy(write_typed(tmp_path, SVC, source))
     assert bridge.contracts() == []
+
+
+def test_raw_function_serves_a_typed_contract(bridge: LuaHostBridge, tmp_path: Path) -> None:
+    svc = deploy_typed(bridge, tmp_path, SVC, RAW_SVC_LUA)
+    text = "x" * (3 * MIB)
+    assert (svc.scale(3, 2.5, True), svc.upper(""), svc.upper("a\0b")) == (7.5, "", "A\0B")
+    assert svc.upper(text) == text.upper()
+    record = svc.mix(1, {"x": 1.0, "y": 2.0}, text.encode(), 7)
+    assert (record.flag, record.id, record.label, record.at.x) == (True, U64_MAX, "tag 7", 2.0)
+    assert record.blob == 2 * text.encode()
+    assert svc.open(3, -128, I64_MIN) == 2
+    raw = bridge.call("host.svc@1", 1, struct.pack("<QQ", 16, 2) + b"ab", 24)
+    assert raw == struct.pack("<QQ", 16, 2) + b"AB" + bytes(6), "callers by bytes see offsets"
+
+
+def test_pointers_of_a_raw_function_are_its_own_affair(bridge: LuaHostBridge, tmp_path: Path) -> None:
+    wild = """
+    local ffi = require("ffi")
+    return function(fn_id, args, out)
+      ffi.cast("uint64_t *", out)[0], ffi.cast("uint64_t *", out)[1] = 4096, args[8]
+    end
+    """
+    svc = deploy_typed(bridge, tmp_path, SVC, wild)
+    assert svc.upper("") == ""
+    with pytest.raises(WorkerCrashed) as raised:
+        svc.upper("followed")
+    assert (raised.value.signal, raised.value.began) == (11, "yes")
+    with pytest.raises(StaleHandle):
+        svc.upper("")
+    assert bridge.contract("host.svc").upper("") == ""
+
+
+def test_untrusted_contract_is_no_raw_function(bridge: LuaHostBridge, tmp_path: Path) -> None:
+    with pytest.raises(TypeMismatch, match="expected Lua table, got Lua function"):
+        bridge.deploy(write_typed(tmp_path, SVC, "function(fn_id, args, out) end", sandbox="untrusted"))
 
 
 def test_table_is_no_raw_contract(bridge: LuaHostBridge) -> None:

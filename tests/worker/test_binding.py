@@ -387,7 +387,6 @@ def test_error_in_destroy_is_nobodys() -> None:
 @pytest.mark.parametrize(
     ("source", "problem", "reason"),
     [
-        ("function() end", "type", "table function"),
         ("return nil", "type", "table nil"),
         ("return {}", "load", "host.one@1: the implementation has no function run"),
         ("return { run = 3 }", "load", "host.one@1: the implementation has no function run"),

@@ -47,9 +47,9 @@ def binding_source(contract: Contract, enums: tuple[Enum, ...] = ()) -> str:
         enums: those of its api.toml.
     """
     texts = [_Generator(contract, function).text() for function in contract.functions]
-    names = "".join(f"  [{function.id}] = {_quoted(function.name)},\n" for function in contract.functions)
+    names = "".join(f"  [{function.id}] = {quoted(function.name)},\n" for function in contract.functions)
     types = "".join(f"local {_type_name(name)} = ffi.typeof('{c_name} *')\n" for name, c_name in _C_NAMES.items())
-    tables = "".join(f"  [{_quoted(enum.name)}] = {_enum_table(enum)},\n" for enum in enums)
+    tables = "".join(f"  [{quoted(enum.name)}] = {_enum_table(enum)},\n" for enum in enums)
     is_singleton = "true" if contract.singleton else "false"
     functions = "\n".join(texts)
     return f"""local typed = ...
@@ -62,7 +62,7 @@ local names = {{
 local enums = {{
 {tables}}}
 return enums, function(implementation)
-  return typed.bind(implementation, {is_singleton}, functions, names, {len(texts)}, {_quoted(str(contract))})
+  return typed.bind(implementation, {is_singleton}, functions, names, {len(texts)}, {quoted(str(contract))})
 end
 """
 
@@ -95,16 +95,17 @@ def _type_name(scalar: str) -> str:
 
 def _enum_table(enum: Enum) -> str:
     """Return a table with the values by name and the names by value, where that is exact as a number."""
-    values = "".join(f"[{_quoted(each.name)}] = {_number(each.value)}, " for each in enum.variants)
+    values = "".join(f"[{quoted(each.name)}] = {_number(each.value)}, " for each in enum.variants)
     by_value = {each.value: each.name for each in reversed(enum.variants) if each.value <= _EXACT}
-    return f"{{ {values}{''.join(f'[{value}] = {_quoted(name)}, ' for value, name in by_value.items())}}}"
+    return f"{{ {values}{''.join(f'[{value}] = {quoted(name)}, ' for value, name in by_value.items())}}}"
 
 
 def _number(value: int) -> str:
     return str(value) if value <= _EXACT else f"{value}ULL"
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """Write a text as Lua does."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
@@ -129,7 +130,7 @@ class _Generator:
             lines.append("end")
         for param, offset in zip(function.params, self._offsets(layout.args), strict=True):
             arguments.append(self._read(param.type, "payload", offset, f"{self._where}: {param.name}"))
-        call = f"self[{_quoted(function.name)}]({', '.join(arguments)})"
+        call = f"self[{quoted(function.name)}]({', '.join(arguments)})"
         if layout.result is None or isinstance(function.result, Void):
             lines += [call, "return 0"]
         else:
@@ -137,7 +138,8 @@ class _Generator:
             lines.append(f"local tail = typed.tail({layout.result.size})")
             lines.append(f"local fixed = new('uint8_t[{layout.result.size}]')")
             lines += self._write(function.result, "fixed", "0", "result", f"{self._where}: result")
-            lines.append(f"return typed.deliver(arena, out, out_size, tail, fixed, {layout.result.size})")
+            where = quoted(self._where)
+            lines.append(f"return typed.deliver(arena, out, out_size, tail, fixed, {layout.result.size}, {where})")
         body = "\n".join(f"  {line}" for line in lines)
         head = f"functions[{function.id}] = function(self, arena, payload, args_size, out, out_size)"
         return "\n".join([*self._arrays, head, body, "end"])
@@ -167,7 +169,7 @@ class _Generator:
   return {value}
 end"""
         body = "\n".join(lines)
-        head = f"functions[{_quoted(function.name)}] = {{ id = {function.id}, count = {len(names)}, size = {size}"
+        head = f"functions[{quoted(function.name)}] = {{ id = {function.id}, count = {len(names)}, size = {size}"
         rest = f"varies = {varies}, pack = function({', '.join(names)})\n{body}\nend, unpack = {unpack} }}"
         return "\n".join([*self._arrays, f"{head}, {rest}"])
 
@@ -192,23 +194,23 @@ end"""
         if isinstance(type_, Ptr):
             return f"cast(u64_pointer, {place})[0]"
         if isinstance(type_, StringView | Buffer):
-            return f"typed.text(payload, args_size, {place}, {_quoted(where)})"
+            return f"typed.text(payload, args_size, {place}, {quoted(where)})"
         if isinstance(type_, Struct):
             fields = zip(type_.fields, layout_of(type_).offsets, strict=True)
             parts = (
-                f"[{_quoted(field.name)}] = {self._read(field.type, base, at + offset, f'{where}.{field.name}')}"
+                f"[{quoted(field.name)}] = {self._read(field.type, base, at + offset, f'{where}.{field.name}')}"
                 for field, offset in fields
             )
             return f"{{ {', '.join(parts)} }}"
-        return f"arrays[{_quoted(self._read_items(type_, where))}](payload, args_size, {place})"
+        return f"arrays[{quoted(self._read_items(type_, where))}](payload, args_size, {place})"
 
     def _read_items(self, type_: Array, where: str) -> str:
         """Write a function that reads an array; return its name."""
         size = layout_of(type_.item).size
         name = f"{self._function.id}.{self._name()}"
         item = self._read(type_.item, "item", 0, f"{where}[]")
-        self._arrays.append(f"""arrays[{_quoted(name)}] = function(payload, args_size, place)
-  local items, count = typed.items(payload, args_size, place, {size}, {_quoted(where)}, {ARRAY_ITEMS_MAX})
+        self._arrays.append(f"""arrays[{quoted(name)}] = function(payload, args_size, place)
+  local items, count = typed.items(payload, args_size, place, {size}, {quoted(where)}, {ARRAY_ITEMS_MAX})
   local values = typed.new_table(count, 0)
   for index = 1, count do
     local item = items + (index - 1) * {size}
@@ -221,29 +223,29 @@ end""")
     # -- into memory ----------------------------------------------------------------------------------------------
     def _write(self, type_: ValueType, base: str, at: str, value: str, where: str) -> Iterator[str]:
         """Yield statements that write `value` so that it lies `at` bytes behind `base`."""
-        place, quoted = f"{base} + {at}", _quoted(where)
+        place, shown = f"{base} + {at}", quoted(where)
         if isinstance(type_, Scalar):
-            yield _stored(type_, place, _checked(type_, value, quoted))
+            yield _stored(type_, place, _checked(type_, value, shown))
         elif isinstance(type_, Enum):
             repr_ = type_.repr
             if repr_.size == _WORD:
-                yield _stored(repr_, place, f"typed.unsigned64({value}, {quoted}, {_quoted(type_.name)})")
+                yield _stored(repr_, place, f"typed.unsigned64({value}, {shown}, {quoted(type_.name)})")
             else:
-                yield _stored(repr_, place, f"typed.integer({value}, 0, {repr_.high}, {quoted}, {_quoted(type_.name)})")
+                yield _stored(repr_, place, f"typed.integer({value}, 0, {repr_.high}, {shown}, {quoted(type_.name)})")
         elif isinstance(type_, Ptr):
-            yield f"cast(u64_pointer, {place})[0] = typed.unsigned64({value}, {quoted}, 'Ptr')"
+            yield f"cast(u64_pointer, {place})[0] = typed.unsigned64({value}, {shown}, 'Ptr')"
         elif isinstance(type_, StringView | Buffer):
             words, text = self._name(), self._name()
-            yield f"local {text} = typed.bytes({value}, {quoted}, {_quoted(type_.name)})"
+            yield f"local {text} = typed.bytes({value}, {shown}, {quoted(type_.name)})"
             yield f"local {words} = cast(u64_pointer, {place})"
             yield f"{words}[0], {words}[1] = tail:add({text}, #{text}), #{text}"
             if isinstance(type_, Buffer):
                 yield f"{words}[2] = #{text}"
         elif isinstance(type_, Struct):
-            yield f"typed.record({value}, {quoted}, {_quoted(type_.name)})"
+            yield f"typed.record({value}, {shown}, {quoted(type_.name)})"
             for field, offset in zip(type_.fields, layout_of(type_).offsets, strict=True):
                 yield "do"
-                inner = f"{value}[{_quoted(field.name)}]"
+                inner = f"{value}[{quoted(field.name)}]"
                 path = f"{where}.{field.name}"
                 yield from _indented(self._write(field.type, base, f"{at} + {offset}", inner, path))
                 yield "end"
@@ -253,7 +255,7 @@ end""")
     def _write_items(self, type_: Array, place: str, value: str, where: str) -> Iterator[str]:
         words, memory, index, items, count = (self._name() for _ in range(5))
         size = layout_of(type_.item).size
-        limits = f"{_quoted(where)}, {_quoted(type_.name)}, {ARRAY_ITEMS_MAX}"
+        limits = f"{quoted(where)}, {quoted(type_.name)}, {ARRAY_ITEMS_MAX}"
         yield f"local {items}, {count} = typed.list({value}, {limits})"
         yield f"local {memory} = new('uint8_t[?]', {count} * {size})"
         yield f"local {words} = cast(u64_pointer, {place})"
@@ -292,8 +294,8 @@ def _checked(scalar: Scalar, value: str, where: str) -> str:
     if scalar.kind == "bool":
         return f"typed.boolean({value}, {where})"
     if scalar.kind == "float":
-        return f"typed.float({value}, {where}, {_quoted(scalar.name)})"
+        return f"typed.float({value}, {where}, {quoted(scalar.name)})"
     if scalar.size == _WORD:
         check = "signed64" if scalar.code.islower() else "unsigned64"
-        return f"typed.{check}({value}, {where}, {_quoted(scalar.name)})"
-    return f"typed.integer({value}, {scalar.low}, {scalar.high}, {where}, {_quoted(scalar.name)})"
+        return f"typed.{check}({value}, {where}, {quoted(scalar.name)})"
+    return f"typed.integer({value}, {scalar.low}, {scalar.high}, {where}, {quoted(scalar.name)})"

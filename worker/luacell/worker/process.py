@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -35,6 +35,7 @@ from luacell.protocol.memory.stream import connect_stream
 from luacell.protocol.messages import API_MODULE, decode, encode, id_of
 from luacell.protocol.slots import DONE_OFFSET, PAYLOAD_OFFSET, SLOT_SHIFT, read_answer
 from luacell.worker.binding import binding_source
+from luacell.worker.raw_binding import raw_binding_source
 from luacell.worker.sandbox import memory
 from luacell.worker.sandbox.attributes import SandboxUnavailable, die_with_parent, limit_memory, trim_heap
 from luacell.worker.sandbox.levels import Preparation, Sandbox
@@ -191,7 +192,7 @@ class WorkerProcess:
                     load.chunk_name,
                     load.modules,
                     load.memory,
-                    _binding_of(load),
+                    *_bindings_of(load),
                     sandbox=self._sandbox.confinement.level,
                     c_modules=self._c_modules,
                 )
@@ -281,8 +282,8 @@ class WorkerProcess:
         out.close()
 
 
-def _binding_of(load: messages.Load) -> str | None:
-    """Return the binding of a typed contract, or None for a raw one.
+def _bindings_of(load: messages.Load) -> tuple[str | None, Callable[[], str] | None]:
+    """Return the binding of a typed contract, and what makes that of a raw function; Nones for a raw contract.
 
     Raises:
         ApiError: its description is malformed, or does not describe it.
@@ -290,12 +291,12 @@ def _binding_of(load: messages.Load) -> str | None:
     """
     text = load.modules.get(API_MODULE)
     if text is None:
-        return None
+        return None, None
     api = parse(text.decode("utf-8", "replace"), "api.toml")
     contract = find_contract(api, id_of(load.contract))
     if contract.singleton and load.workers > 1:
         raise _ManySingletons(f"{contract} is a singleton, which has one worker, not {load.workers}")
-    return binding_source(contract, api.enums)
+    return binding_source(contract, api.enums), lambda: raw_binding_source(contract)
 
 
 def _await_death() -> NoReturn:

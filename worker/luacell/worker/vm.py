@@ -81,6 +81,7 @@ class Vm:
         modules: Mapping[str, bytes],
         memory: int,
         binding: str | None = None,
+        raw_binding: Callable[[], str] | None = None,
         *,
         sandbox: str = DEFAULT,
         c_modules: Sequence[str] = (),
@@ -93,6 +94,8 @@ class Vm:
             modules: by `require` name.
             memory: bytes the Lua heap may use from now on.
             binding: of a typed contract, as `binding_source` makes it; None for a raw one.
+            raw_binding: makes the one that is needed where the implementation is a raw function; such a function works
+                on memory, so there is none at `untrusted`.
             sandbox: the level: with `default`, `require` looks into the system's directories; with the others it knows
                 the contract's own modules only, with `hardened` C modules too; with `untrusted` there is no FFI.
             c_modules: paths of those C modules, which are loaded.
@@ -103,11 +106,12 @@ class Vm:
         sources = self._lua.table_from({name.encode(): module for name, module in modules.items()})
         own_only = None if sandbox == DEFAULT else self._lua.table_from(map(str.encode, c_modules))
         strip = self._chunk("untrusted.lua", self._runtime) if sandbox == UNTRUSTED else None
+        raw = None if raw_binding is None or strip is not None else lambda: raw_binding().encode()
         typed = self._typed = None if binding is None else self._chunk("typed.lua", self._runtime)
         self._lua.set_max_memory(memory)
         try:
             text = None if binding is None else binding.encode()
-            problem, reason = self._load(source, chunk_name.encode(), sources, typed, text, own_only, strip)
+            problem, reason = self._load(source, chunk_name.encode(), sources, typed, text, raw, own_only, strip)
         except OutOfLuaMemory:
             return "load", f"it used more than its {memory} bytes of memory while loading"
         except LuaFailure as error:

@@ -78,9 +78,16 @@ local function handler(value)
 end
 runtime.state_handler = handler
 
--- The implementation of a typed contract is a table of functions, which a binding puts between it and memory.
-local function bind(typed, binder, implementation)
-  if type(implementation) ~= "table" then return "type", "table " .. type(implementation) end
+-- The implementation of a typed contract is a table of functions, which a binding puts between it and memory; or one raw
+-- function, for which `raw_binding` returns another binding.
+local function bind(typed, binder, raw_binding, implementation)
+  if type(implementation) == "function" and raw_binding then
+    local chunk, problem = load(raw_binding(), "=binding", "t")
+    if not chunk then return "load", problem end
+    binder = chunk(typed)
+  elseif type(implementation) ~= "table" then
+    return "type", "table " .. type(implementation)
+  end
   local fine, bound, reason = xpcall(function() return binder(implementation) end, handler)
   if not fine then return "load", type(bound) == "string" and bound or "error in error handling" end
   if not bound then return "load", reason end
@@ -90,9 +97,9 @@ end
 
 -- Returns problem ("", "type" or "load") and reason, which for "type" is the type that the chunk gave, behind "table"
 -- where that is wanted. `typed` and `binding` are given for typed contracts; the enums of
--- their description are `luacell.enums`. `c_paths` are given for contracts that can open no file, and `strip`, which
+-- their description are `luacell.enums`; `raw_binding` where the implementation may be a raw function. `c_paths` are given for contracts that can open no file, and `strip`, which
 -- takes from Lua what leads out of it, for untrusted ones: once everything of ours has what it needs.
-local function load_contract(source, chunk_name, sources, typed, binding, c_paths, strip)
+local function load_contract(source, chunk_name, sources, typed, binding, raw_binding, c_paths, strip)
   offer_modules(sources, c_paths)
   local binder
   if binding then
@@ -105,7 +112,7 @@ local function load_contract(source, chunk_name, sources, typed, binding, c_path
   if not chunk then return "load", cut(described(problem), REASON_MAX) end
   local fine, value = xpcall(chunk, handler)
   if not fine then return "load", type(value) == "string" and value or "error in error handling" end
-  if binder then return bind(typed, binder, value) end
+  if binder then return bind(typed, binder, raw_binding, value) end
   if type(value) ~= "function" then return "type", type(value) end
   runtime.set_target(value)
   return "", ""

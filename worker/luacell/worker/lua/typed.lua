@@ -21,10 +21,12 @@ local fail = runtime.api.fail
 local new_table = require("table.new")
 
 local int64, uint64, words_pointer = ffi.typeof("int64_t"), ffi.typeof("uint64_t"), ffi.typeof("uint64_t *")
+local byte_pointer, address_of = ffi.typeof("uint8_t *"), ffi.typeof("uintptr_t")
 local EXACT = 2 ^ 53 -- integers up to here are exact as numbers
 local BUFFER_TOO_SMALL, STALE_HANDLE, FUNCTION_NOT_AVAILABLE = 2, 5, 6
+local PAYLOAD_MAX = 64 * 1024 * 1024 -- bytes of a result, as of arguments
 local KEPT_MAX = 16 -- results that wait to be fetched
-local KEPT_BYTES_MAX = 64 * 1024 * 1024 -- and their bytes
+local KEPT_BYTES_MAX = PAYLOAD_MAX -- and their bytes
 local INSTANCES_MAX = 100000
 local IN_INSTANCE = 0x80000000 -- of a function id: the payload begins with the number of an instance
 local FUNCTION_MASK = 0xFFFF -- of such an id: the function; bits between the two are the broker's
@@ -204,6 +206,59 @@ function typed.packed(tail, fixed, fixed_size)
   return string_of(memory, size)
 end
 
+-- -- raw implementations -----------------------------------------------------------------------------------------
+-- A function that was written for memory: offsets become pointers before it is called, and pointers offsets behind it.
+local alive -- memory of ours that the running call's pointers lead to
+
+function typed.begin_raw() alive = {} end
+
+-- Zeroed memory, aligned to 8, that lives until the next call; or a copy of what lies at `source`.
+function typed.memory(size, source)
+  local memory = new("uint64_t[?]", aligned(size) / 8)
+  alive[#alive + 1] = memory
+  local bytes = cast(byte_pointer, memory)
+  if source then copy(bytes, source, size) end
+  return bytes
+end
+
+local function point(words, target) words[0] = cast(address_of, target) end
+
+-- Let the two words at `place`, a range of the payload, point to it.
+function typed.rebase(payload, size, place, item_size, what, items_max)
+  point(cast(words_pointer, place), (typed.items(payload, size, place, item_size, what, items_max)))
+end
+
+-- The same, of items that hold such words themselves: to a copy of them, which is returned with their count.
+function typed.rebase_items(payload, size, place, item_size, what, items_max)
+  local items, count = typed.items(payload, size, place, item_size, what, items_max)
+  local own = typed.memory(count * item_size, items)
+  point(cast(words_pointer, place), own)
+  return own, count
+end
+
+-- Copy what the two words at `place` point to behind the result, and let them name it there. Returns the copy and the
+-- count of its items.
+function typed.gather(tail, place, item_size, what, items_max)
+  local words = cast(words_pointer, place)
+  local count = tonumber(words[1])
+  if count > items_max then error(format("%s: %.0f items; the limit is %d", what, count, items_max), 0) end
+  local size = count * item_size
+  if size > PAYLOAD_MAX - tail.size then
+    error(format("%s: the result has more than %d bytes, which is the limit", what, PAYLOAD_MAX), 0)
+  end
+  if size > 0 and words[0] == 0 then error(format("%s: a null pointer to %d items", what, count), 0) end
+  local memory = new("uint8_t[?]", size)
+  copy(memory, cast(byte_pointer, words[0]), size)
+  words[0] = tail:add(memory, size)
+  return memory, count
+end
+
+-- A buffer's capacity is its size on the way.
+function typed.close(place)
+  local words = cast(words_pointer, place)
+  words[2] = words[1]
+end
+
 -- -- results that did not fit ------------------------------------------------------------------------------------
 local kept, kept_order, kept_bytes, last_token = {}, {}, 0, 0
 
@@ -214,12 +269,13 @@ local function forget_oldest()
 end
 
 -- Give a result to its caller, or keep it and tell where it is. Returns the bytes that were written.
-function typed.deliver(arena, out, out_size, tail, fixed, fixed_size)
+function typed.deliver(arena, out, out_size, tail, fixed, fixed_size, what)
   local size = tail.count > 0 and tail.size or fixed_size
   if size <= out_size then
     tail:finish(out, fixed, fixed_size)
     return size
   end
+  if size > PAYLOAD_MAX then error(format("%s: a result of %d bytes; the limit is %d", what, size, PAYLOAD_MAX), 0) end
   local memory = new("uint8_t[?]", size)
   tail:finish(memory, fixed, fixed_size)
   last_token = last_token + 1
@@ -254,7 +310,7 @@ local instances, instance_count = {}, 0
 local implementation, singleton, title
 
 local function make()
-  if type(implementation.new) ~= "function" then return implementation end
+  if type(implementation) == "function" or type(implementation.new) ~= "function" then return implementation end
   local instance = implementation.new()
   if type(instance) ~= "table" then refuse(title .. ": new()", "a table", instance) end
   return instance
@@ -349,21 +405,9 @@ function typed.restore(state)
 end
 
 -- -- dispatch ----------------------------------------------------------------------------------------------------
--- Returns the function that a worker calls. `functions` are the binding's, by id: each takes the instance, arena,
--- payload, its size, out and its size, and returns the bytes it wrote.
-function typed.bind(table_of_methods, is_singleton, functions, names, count, name)
-  implementation, title = table_of_methods, name
-  for id = 0, count - 1 do
-    if type(implementation[names[id]]) ~= "function" then
-      return nil, format("%s: the implementation has no function %s", title, names[id])
-    end
-  end
-  if is_singleton then
-    singleton = make()
-    local functions_by_name = {}
-    for id = 0, count - 1 do functions_by_name[names[id]] = true end
-    find_hooks(functions_by_name)
-  end
+-- `functions` are a binding's, by id: each takes the instance, arena, payload, its size, out and its size, and returns the
+-- bytes it wrote.
+local function dispatcher(functions, count)
   return function(fn_id, payload, out, args_size, out_size, arena)
     local number = 0
     if fn_id >= IN_INSTANCE then
@@ -387,6 +431,30 @@ function typed.bind(table_of_methods, is_singleton, functions, names, count, nam
     end
     return method(instance_of(arena, number), arena, payload, args_size, out, out_size)
   end
+end
+
+-- Returns the function that a worker calls.
+function typed.bind(table_of_methods, is_singleton, functions, names, count, name)
+  implementation, title = table_of_methods, name
+  for id = 0, count - 1 do
+    if type(implementation[names[id]]) ~= "function" then
+      return nil, format("%s: the implementation has no function %s", title, names[id])
+    end
+  end
+  if is_singleton then
+    singleton = make()
+    local functions_by_name = {}
+    for id = 0, count - 1 do functions_by_name[names[id]] = true end
+    find_hooks(functions_by_name)
+  end
+  return dispatcher(functions, count)
+end
+
+-- The same for an implementation that is one function. It knows no instances: all of them are that function.
+function typed.bind_raw(callable, is_singleton, functions, count, name)
+  implementation, title = callable, name
+  if is_singleton then singleton = callable end
+  return dispatcher(functions, count)
 end
 
 return typed
