@@ -20,10 +20,12 @@ from tests.soak import (
     fuzz,
     kills,
     late_writes,
+    leaky,
     million,
     recovery,
     reloads,
     simulation,
+    starts,
     storm,
     strangers,
 )
@@ -39,8 +41,10 @@ RUNS: dict[str, Callable[[int], Report]] = {
     "failures": failures.run,
     "fuzz": fuzz.run,
     "late_writes": late_writes.run,
+    "leaky": leaky.run,
     "recovery": recovery.run,
     "simulation": simulation.run,
+    "starts": starts.run,
     "storm": storm.run,
     "strangers": strangers.run,
 }

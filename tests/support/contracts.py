@@ -40,6 +40,16 @@ return function(fn_id, args, out)
 end
 """
 
+# Leaks as many bytes as its function id says.
+LEAK = """
+local ffi = require("ffi")
+ffi.cdef "void *malloc(size_t); void *memset(void *, int, size_t);"
+return function(fn_id, args, out)
+  ffi.C.memset(ffi.C.malloc(fn_id), 1, fn_id)
+end
+"""
+LEAKED = 10 * 1024  # bytes a call, in row C98 of the catalogue
+
 
 def function(body: str) -> str:
     """Return a chunk whose function has the given body, with `ffi` at hand."""

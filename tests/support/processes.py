@@ -301,7 +301,7 @@ def run_directory(broker: int) -> str:
 @contextmanager
 def nothing_left(bridge: LuaHostBridge, clean: Callable[[], None], limit_s: float = LIMIT_S) -> Iterator[None]:
     """Sweep for leaks: once `clean` has run, the host and its service hold what they held before."""
-    before = _steady(bridge)
+    before = holdings_at_rest(bridge)
     try:
         yield
     finally:
@@ -322,7 +322,7 @@ def _holdings(bridge: LuaHostBridge) -> Holdings | None:
     return None
 
 
-def _steady(bridge: LuaHostBridge) -> Holdings:
+def holdings_at_rest(bridge: LuaHostBridge) -> Holdings:
     """Return what is held once two looks give the same, and all workers are spares that have started."""
 
     def look() -> Holdings | None:

@@ -10,19 +10,11 @@ import pytest
 
 from luacell.broker.starts import RATE
 from luacell.client import Busy, LuaFunction, LuaHostBridge, WorkerCrashed
-from tests.support.contracts import COUNTER, DOUBLE, HEALTHY, PROBE, answers, deploy, unregister_all
+from tests.support.contracts import COUNTER, DOUBLE, HEALTHY, LEAK, LEAKED, PROBE, answers, deploy, unregister_all
 from tests.support.serving import Serving
 from tests.support.typed_contracts import COUNTER_LUA, counter_api, deploy_typed
 from tests.support.waiting import eventually
 
-# Leaks as many bytes as its function id says.
-LEAK = """
-local ffi = require("ffi")
-ffi.cdef "void *malloc(size_t); void *memset(void *, int, size_t);"
-return function(fn_id, args, out)
-  ffi.C.memset(ffi.C.malloc(fn_id), 1, fn_id)
-end
-"""
 SAVING_LUA = COUNTER_LUA.replace(
     "return Counter\n",
     """
@@ -31,7 +23,6 @@ function Counter:restore(text) self.n = assert(tonumber(text)) end
 return Counter
 """,
 )
-LEAKED = 10 * 1024  # bytes a call, as in C98
 RSS = 64 << 20
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.soak import chaos, crashes, crowds, kills, million, recovery
+from tests.soak import chaos, crashes, crowds, kills, leaky, million, recovery, starts
 from tests.soak.chaos import Host
 from tests.soak.history import GRACE_S, VALUE, WRONG, End, History
 from tests.soak.recovery import Limits
@@ -43,6 +43,14 @@ def test_many_calls_leave_memory_and_descriptors_as_they_are() -> None:
 
 def test_recovery_is_measured_and_leaves_nobody_behind() -> None:
     recovery.run(SEED, rounds=1, limits=Limits(BACK_WITHIN_S, GONE_WITHIN_S, LIMIT_S, LIMIT_S)).check()
+
+
+def test_workers_start_and_end_in_all_ways_and_leave_nothing() -> None:
+    starts.run(SEED, ends=40).check()
+
+
+def test_leaking_contracts_are_recycled_near_their_limits() -> None:
+    leaky.run(SEED, calls=11_000).check()
 
 
 # -- the checker ----
