@@ -14,7 +14,6 @@ from tests.soak.history import GRACE_S, VALUE, WRONG, End, History
 from tests.soak.recovery import Limits
 from tests.soak.remains import GONE_WITHIN_S
 from tests.soak.report import Report
-from tests.support.waiting import LIMIT_S
 
 SEED = 1
 BACK_WITHIN_S = 2.0  # twice the promise, which `make test-soak` asserts
@@ -42,7 +41,7 @@ def test_many_calls_leave_memory_and_descriptors_as_they_are() -> None:
 
 
 def test_recovery_is_measured_and_leaves_nobody_behind() -> None:
-    recovery.run(SEED, rounds=1, limits=Limits(BACK_WITHIN_S, GONE_WITHIN_S, LIMIT_S, LIMIT_S)).check()
+    recovery.run(SEED, rounds=1, limits=Limits(BACK_WITHIN_S, GONE_WITHIN_S)).check()
 
 
 def test_workers_start_and_end_in_all_ways_and_leave_nothing() -> None:
