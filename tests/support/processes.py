@@ -10,7 +10,7 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +19,8 @@ from typing import Self
 from luacell.client import LuaHostBridge
 from tests.support.waiting import LIMIT_S, eventually, readable
 
-_STAT = re.compile(rb"^\d+ \((.*)\) (\S) (-?\d+) (.*)$", re.DOTALL)
-_START_TIME = 17  # field 22 of proc(5) among those behind ppid
+# Fields of proc(5)'s /proc/PID/stat among those behind the name, which may hold anything.
+_STATE, _PARENT, _START_TIME = 0, 1, 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,28 +35,32 @@ class Status:
 
 def status_of(pid: int) -> Status | None:
     try:
-        found = _STAT.match(Path(f"/proc/{pid}/stat").read_bytes())
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            line = file.read()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    assert found is not None
-    return Status(pid, int(found[3]), found[2].decode(), int(found[4].split()[_START_TIME]))
+    fields = line[line.rindex(b")") + 2 :].split()
+    return Status(pid, int(fields[_PARENT]), fields[_STATE].decode(), int(fields[_START_TIME]))
 
 
 def all_statuses() -> list[Status]:
+    """Look at every process once; on a machine with many of them that takes milliseconds."""
     found = (status_of(int(name)) for name in os.listdir("/proc") if name.isdecimal())
     return [status for status in found if status is not None]
 
 
-def children_of(pid: int) -> list[int]:
-    """Return the children of a process, zombies included, oldest first."""
-    children = [status for status in all_statuses() if status.parent == pid]
+def children_of(pid: int, statuses: Sequence[Status] | None = None) -> list[int]:
+    """Return the children of a process, zombies included, oldest first; as they were seen before, or now."""
+    children = [status for status in statuses or all_statuses() if status.parent == pid]
     return [status.pid for status in sorted(children, key=lambda status: (status.start, status.pid))]
 
 
-def descendants_of(pid: int) -> list[int]:
+def descendants_of(pid: int, statuses: Sequence[Status] | None = None) -> list[int]:
+    """Return the children of a process and theirs; as they were seen before, or now."""
+    statuses = statuses or all_statuses()
     found: list[int] = []
-    for child in children_of(pid):
-        found += [child, *descendants_of(child)]
+    for child in children_of(pid, statuses):
+        found += [child, *descendants_of(child, statuses)]
     return found
 
 
@@ -236,9 +240,10 @@ def resident_kib(pid: int | str = "self") -> int:
     return int(found[1])
 
 
-def zombies_of(pids: Iterable[int]) -> list[int]:
+def zombies_of(pids: Iterable[int], statuses: Sequence[Status] | None = None) -> list[int]:
+    """Return the zombies among the children of these; as they were seen before, or now."""
     parents = set(pids)
-    return [status.pid for status in all_statuses() if status.parent in parents and status.state == "Z"]
+    return [status.pid for status in statuses or all_statuses() if status.parent in parents and status.state == "Z"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,20 +268,21 @@ class Holdings:
         health = bridge.health()
         calls = tuple((key, health[key]) for key in ("hosts", "contracts", "queued", "slots_in_flight", "memory_bytes"))
         broker = health["broker_pid"]
+        statuses = all_statuses()
         parent = _parent_of(broker)
-        worker_host = next(pid for pid in children_of(parent) if pid != broker)
-        processes = [parent, *descendants_of(parent)]
+        worker_host = next(pid for pid in children_of(parent, statuses) if pid != broker)
+        processes = [parent, *descendants_of(parent, statuses)]
         return cls(
             host_descriptors=descriptors_of(),
             host_threads=thread_count(),
             host_mappings=mappings_of(),
-            host_children=len(children_of(os.getpid())),
+            host_children=len(children_of(os.getpid(), statuses)),
             processes=len(processes),
             parent_descriptors=descriptors_of(parent),
             broker_descriptors=descriptors_of(broker),
             broker_mappings=mappings_of(broker),
             worker_host_descriptors=descriptors_of(worker_host),
-            zombies=len(zombies_of(processes)),
+            zombies=len(zombies_of(processes, statuses)),
             files=tuple(sorted(os.listdir(run_directory(broker)))),
             calls=calls,
         )

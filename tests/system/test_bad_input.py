@@ -513,7 +513,8 @@ def test_endpoint_that_is_a_dead_socket_is_unavailable(tmp_path: Path) -> None:
         LuaHostBridge.connect(tmp_path)
 
 
-def test_endpoint_that_never_answers_is_unavailable_in_time(tmp_path: Path) -> None:
+def test_endpoint_that_never_answers_is_unavailable_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luacell.client.link.CONNECT_LIMIT_S", 0.5)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as mute:
         mute.bind(os.fspath(tmp_path / DESCRIPTOR_SOCKET))
         mute.listen()

@@ -126,6 +126,21 @@ def peer(endpoint: str, place: Place) -> Iterator[InlinePeer]:
         yield peer
 
 
+@contextmanager
+def endless(place: Place) -> Iterator[int]:
+    """A contract whose calls never end; the one that runs at the end of the block is ended with its worker."""
+    name = "host.endless@1"
+    deploy(place.local, function("while true do end"), name, deadline="10s")
+    try:
+        yield place.id_of(name)
+    finally:
+        pids = workers_of(place.local, name)
+        place.local.unregister_host_contract(name)
+        for pid in pids:
+            with suppress(AssertionError, ProcessLookupError), closing(Process(pid)) as worker:
+                worker.kill()
+
+
 @pytest.fixture
 def echo_id(place: Place) -> int:
     return place.id_of(ECHOING)
@@ -327,17 +342,14 @@ def test_interrupted_call_is_cancelled(endpoint: str, place: Place) -> None:
         "    print(int.from_bytes(bridge.call('host.healthy@1', 0, b'\\x15\\0\\0\\0', 4), 'little'), flush=True)\n"
         "bridge.close()\n"
     )
-    deploy(place.local, function("while true do end"), "host.endless@1", deadline="2s")
-    try:
-        with child_process([sys.executable, "-c", code, endpoint], stdout=subprocess.PIPE, env=untraced()) as host:
-            assert host.stdout is not None
-            assert host.stdout.readline() == b"ready\n"
-            eventually(lambda: place.local.health()["slots_in_flight"] == 1, "the call is running")
-            host.send_signal(signal.SIGINT)
-            assert host.stdout.readline() == b"42\n"
-            assert host.wait(LIMIT_S) == 0
-    finally:
-        place.local.unregister_host_contract("host.endless@1")
+    command = [sys.executable, "-c", code, endpoint]
+    with endless(place), child_process(command, stdout=subprocess.PIPE, env=untraced()) as host:
+        assert host.stdout is not None
+        assert host.stdout.readline() == b"ready\n"
+        eventually(lambda: place.local.health()["slots_in_flight"] == 1, "the call is running")
+        host.send_signal(signal.SIGINT)
+        assert host.stdout.readline() == b"42\n"
+        assert host.wait(LIMIT_S) == 0
 
 
 def test_contract_that_no_longer_loads_says_so(place: Place, bridge: LuaHostBridge, tmp_path: Path) -> None:
@@ -391,7 +403,8 @@ def test_endpoint_where_nobody_serves_is_unavailable_at_once(tmp_path: Path) -> 
             assert taken.seconds < 3.0
 
 
-def test_endpoint_that_never_answers_is_unavailable_in_time() -> None:
+def test_endpoint_that_never_answers_is_unavailable_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luacell.client.link.CONNECT_LIMIT_S", 0.5)
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
@@ -712,19 +725,23 @@ def test_results_wait_for_their_receiver(peer: InlinePeer, echo_id: int) -> None
     peer.receive()
 
 
-def test_host_that_takes_no_results_is_sent_away(place: Place, echo_id: int) -> None:
-    before = place.local.health()["hosts"]
-    with InlinePeer(place.tcp) as peer:
+def test_results_that_nobody_takes_and_memory_that_nobody_uses_are_given_up(place: Place, echo_id: int) -> None:
+    """Both after ten seconds, and so at once: one host takes no results and is sent away, the other one stays."""
+    before = place.holdings()
+    with LuaHostBridge.connect(place.tcp) as idle, InlinePeer(place.tcp) as peer:
+        idle.call(ECHOING, 0, bytes(16 * MIB), 16 * MIB)
+        assert place.holdings()["memory_bytes"] > before["memory_bytes"] + 32 * MIB
         peer.call(echo_id, 1, b"1", fn_id=1, out_size=16 * MIB)
         peer.result()
-        eventually(lambda: place.local.health()["hosts"] == before, "the host is dropped", 15.0)
-        settles(lambda: place.local.health()["memory_bytes"] < 16 * MIB, True, "its memory is free")
+        eventually(lambda: place.holdings()["hosts"] == before["hosts"] + 1, "the host is dropped")
+        settles(lambda: place.holdings()["memory_bytes"], before["memory_bytes"], "its memory and the other's are free")
         while headers.parse_preamble(message := peer.receive())[0] is Op.PIECE:
             pass
         failed = messages.decode(messages.Failure, message)
         assert (failed.call_id, failed.code) == (0, AbiErrorCode.UNAVAILABLE)
         peer.more(1, INLINE_PIECE)
         assert "unknown peer" in peer.failure().message
+        assert idle.call(ECHOING, 1, b"1", 1) == b"1"
 
 
 def test_flood_without_credit_grows_no_memory(place: Place, peer: InlinePeer, echo_id: int) -> None:
@@ -763,27 +780,14 @@ def test_memory_of_a_host_is_bounded(peer: InlinePeer, echo_id: int) -> None:
 
 
 def test_calls_in_flight_of_a_host_are_bounded(place: Place, peer: InlinePeer) -> None:
-    deploy(place.local, function("while true do end"), "host.endless@1", deadline="2s")
-    contract_id = place.id_of("host.endless@1")
-    try:
+    with endless(place) as contract_id:
         for call_id in range(1, CALLS_IN_FLIGHT_MAX + 2):
             peer.call(contract_id, call_id, b"1")
         failed = peer.failure()
         assert (failed.call_id, failed.code) == (CALLS_IN_FLIGHT_MAX + 1, AbiErrorCode.BUSY)
         assert str(CALLS_IN_FLIGHT_MAX) in failed.limit
         assert answers(place.local, HEALTHY)
-    finally:
         peer.close()
-        place.local.unregister_host_contract("host.endless@1")
-
-
-def test_idle_memory_is_given_back(place: Place) -> None:
-    before = place.local.health()["memory_bytes"]
-    with LuaHostBridge.connect(place.tcp) as bridge:
-        bridge.call(ECHOING, 0, bytes(16 * MIB), 16 * MIB)
-        assert place.local.health()["memory_bytes"] > before + 32 * MIB
-        eventually(lambda: place.local.health()["memory_bytes"] <= before, "memory of an idle host is back")
-        assert bridge.call(ECHOING, 1, b"1", 1) == b"1"
 
 
 # -- ends -------------------------------------------------------------------------------------------------

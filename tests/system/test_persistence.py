@@ -239,7 +239,7 @@ def test_what_was_acknowledged_is_there_after_kill_9(
 ) -> None:
     hosts = [Registering(run, number, seed=number) for number in range(3)]
     pauses = random.Random(7)
-    for _ in range(8):
+    for _ in range(5):
         wanted = sum(host.changes for host in hosts) + pauses.randrange(3, 25)
 
         def has_changed(wanted: int = wanted) -> bool:

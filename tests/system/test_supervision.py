@@ -135,7 +135,7 @@ def test_p11_killed_parent_takes_everything_with_it_and_the_next_one_serves(dire
 def test_all_of_them_are_killed_in_turn_under_calls(directory: Path) -> None:
     victims: list[Callable[[Processes], Process]] = [lambda each: each.broker, lambda each: each.worker_host]
     with Serving(directory, "--max-restarts", "100") as serving:
-        for round_ in range(6):
+        for round_ in range(4):
             with LuaHostBridge.connect(directory) as bridge, ThreadPoolExecutor(4) as pool:
                 bridge.register_host_contract(HEALTHY, LuaFunction(DOUBLE), replace=True)
                 calls = [pool.submit(outcome, bridge) for _ in range(200)]
