@@ -11,21 +11,28 @@ from pathlib import Path
 
 import pytest
 
-from luacell.client import CallError, LuaHostBridge
+from luacell.broker.bounds import bounds_for
+from luacell.client import AbiErrorCode, CallError, LuaFunction, LuaHostBridge
+from luacell.client.requests import registration
 from luacell.protocol.errors import (
+    Busy,
     DeadlineExceeded,
     HostContractNotFound,
     ReentrantCall,
     TooLarge,
     WorkerCrashed,
 )
+from luacell.protocol.identity import ContractRef
 from luacell.protocol.limits import MIB
 from tests.support.apis import SVC
 from tests.support.contracts import deploy
 from tests.support.processes import broker_pid, run_directory, worker_of
+from tests.support.serving import Serving
 from tests.support.typed_contracts import COUNTER_LUA, SVC_LUA, counter_api, deploy_typed
 from tests.support.waiting import LIMIT_S, eventually
 
+WORKERS = 4
+FEW_DESCRIPTORS = 120  # for a broker that may have so many workers
 # Runs the Lua in its args, of the size in fn_id; its value is what comes back, behind its size.
 EVAL = """
 local ffi = require("ffi")
@@ -242,6 +249,45 @@ def test_a_host_that_goes_in_the_middle_of_a_chain_leaves_all_its_contracts_free
         other.close()
         assert waiting.exception(LIMIT_S) is not None
     assert run(bridge, "host.a@1", through("host.b@1", "host.c@1")) == "end"
+
+
+def test_a_private_contract_is_called_along_its_hosts_chains_alone(bridge: LuaHostBridge) -> None:
+    own = ContractRef.of("host.own@1")
+    with LuaHostBridge.connect(run_directory(broker_pid(bridge))) as other:
+        other._request(registration(own, LuaFunction(EVAL), private=True), own.id)
+        assert run(other, "host.a@1", through("host.b@1", "host.own@1", end="return 'mine'")) == "mine"
+        assert run(other, "host.a@1", through("host.own@1", "host.b@1")) == "end"
+        assert run(other, "host.own@1", through("host.a@1", "host.b@1")) == "end"
+        assert other.lua().eval(through("host.a@1", "host.own@1")) == "end"
+        with pytest.raises(ReentrantCall, match="would wait for itself"):
+            run(other, "host.own@1", through("host.a@1", "host.own@1"))
+        with pytest.raises(HostContractNotFound):
+            run(bridge, "host.a@1", through("host.b@1", "host.own@1"))
+        assert run(other, "host.a@1", through("host.own@1")) == "end"
+    with pytest.raises(HostContractNotFound):
+        run(bridge, "host.a@1", through("host.own@1"))
+
+
+def test_a_chain_for_which_there_is_no_worker_more_is_told_so_at_once(tmp_path: Path) -> None:
+    few = ("prlimit", f"--nofile={FEW_DESCRIPTORS}")
+    with (
+        Serving(tmp_path / "run", "--spares", "0", prefix=few) as serving,
+        LuaHostBridge.connect(serving.run_directory) as bridge,
+    ):
+        deploy(bridge, EVAL, "host.pure@1", stateless=True, deadline="30s")
+        for name in "abc":
+            deploy(bridge, EVAL, f"host.{name}@1", deadline="30s")
+        assert len(bridge.health()["workers"]) == WORKERS == bounds_for(FEW_DESCRIPTORS).workers
+        caught = "local fine, problem = pcall(run, 'host.pure@1', 'return 1'); return problem.code .. problem.message"
+        began = time.monotonic()
+        told = run(bridge, "host.pure@1", through("host.a@1", end=RUN + caught))
+        assert time.monotonic() - began < 10, "nobody has waited for the deadline"
+        assert told.startswith(f"{int(AbiErrorCode.BUSY)}host.pure@1: the bound on workers: {WORKERS} is reached")
+        with pytest.raises(Busy, match=f"the bound on workers: {WORKERS} is reached"):
+            run(bridge, "host.pure@1", through("host.a@1", "host.pure@1"))
+        assert run(bridge, "host.pure@1", through("host.a@1", "host.b@1", "host.c@1")) == "end"
+        bridge.unregister_host_contract("host.c@1")
+        assert run(bridge, "host.pure@1", through("host.a@1", "host.pure@1", "host.b@1")) == "end"
 
 
 def test_a_typed_contract_that_was_replaced_is_called_by_its_new_description(
