@@ -105,6 +105,7 @@ def test_z12_flood_of_one_host_is_busy_for_it_and_others_are_answered(bridge: Lu
 @pytest.mark.usefixtures("load")
 def test_z13_silent_connections_are_dropped_and_leave_no_memory(bridge: LuaHostBridge, directory: str) -> None:
     broker = broker_pid(bridge)
+    settles(lambda: bridge.health()["spares"], 1, "the spare that the healthy contract has taken is replaced")
     at_first = strangers.wave(directory, broker, SILENT, patient=False)
     at_last = strangers.wave(directory, broker, SILENT, patient=True)
     print(f"Z13: the broker has {at_first} KiB after {SILENT} connections, {at_last} KiB after as many more")

@@ -172,6 +172,11 @@ def broker_pid(bridge: LuaHostBridge) -> int:
     return int(bridge.health()["broker_pid"])
 
 
+def services_of(bridge: LuaHostBridge) -> list[int]:
+    """Return the pids of the broker and its worker host."""
+    return children_of(_parent_of(broker_pid(bridge)))
+
+
 def workers_of(bridge: LuaHostBridge, contract: str) -> list[int]:
     """Return the pids of the workers that serve a contract, as the broker knows them."""
     states = ("idle", "busy", "waiting")

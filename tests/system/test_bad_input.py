@@ -8,7 +8,7 @@ import random
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ from tests.support.contracts import DOUBLE, HEALTHY, PROBE, answers, deploy, fun
 from tests.support.peers import HOST, Peer, RawStream, call_record, channel, is_closed_by_peer, send_raw
 from tests.support.processes import Process, Processes, broker_pid, run_directory
 from tests.support.serving import Serving, run_broker
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, settles
 
 BAD_REQUEST = AbiErrorCode.BAD_REQUEST
 STALE = AbiErrorCode.STALE_HANDLE
@@ -180,6 +180,17 @@ def test_z16_oversized_message_closes_its_connection_only(peer: Peer) -> None:
         monitor.close(linger=0)
 
 
+@contextmanager
+def counted(bridge: LuaHostBridge) -> Iterator[None]:
+    """Expect one connection that is no peer's, and that `health` counts it as such."""
+    before = bridge.health()["connections"]["strangers"]
+    yield
+    strangers = eventually(
+        lambda: found if (found := bridge.health()["connections"]["strangers"]) > before else None, "it is counted"
+    )
+    assert strangers == before + 1
+
+
 @pytest.mark.parametrize(
     ("data", "is_recognised"),
     [
@@ -190,26 +201,41 @@ def test_z16_oversized_message_closes_its_connection_only(peer: Peer) -> None:
         pytest.param(b"\xff" + bytes(8) + b"\x7f\x03\x00PLAIN" + bytes(47), True, id="another mechanism"),
     ],
 )
-def test_z15_stream_that_is_no_zmtp_harms_nobody(
+def test_z15_stream_that_is_no_zmtp_harms_nobody_and_is_counted(
     healthy: LuaHostBridge, directory: str, data: bytes, is_recognised: bool
 ) -> None:
-    with RawStream(directory) as stream:
+    with counted(healthy), RawStream(directory) as stream:
         stream.send(data)
         assert answers(healthy, HEALTHY)
         assert not is_recognised or stream.is_closed()
 
 
 @pytest.mark.parametrize("kind", [b"PUB", b"SUB", b"PAIR", b"no kind at all"])
-def test_z15_socket_of_a_kind_that_does_not_fit_is_closed(directory: str, kind: bytes) -> None:
-    with RawStream(directory) as stream:
+def test_z15_socket_of_a_kind_that_does_not_fit_is_closed_and_counted(
+    healthy: LuaHostBridge, directory: str, kind: bytes
+) -> None:
+    with counted(healthy), RawStream(directory) as stream:
         stream.present(kind)
         assert stream.is_closed()
 
 
-def test_z15_half_a_greeting_is_closed_in_time(directory: str) -> None:
-    with RawStream(directory) as stream:
+def test_z15_half_a_greeting_is_closed_in_time_and_counted(healthy: LuaHostBridge, directory: str) -> None:
+    with counted(healthy), RawStream(directory) as stream:
         stream.send(b"\xff" + bytes(8))
         assert stream.is_closed()
+
+
+def test_hosts_and_workers_that_come_and_go_are_no_strangers(healthy: LuaHostBridge, directory: str) -> None:
+    def strangers() -> int:
+        found: int = healthy.health()["connections"]["strangers"]
+        return found
+
+    before, handshakes = strangers(), healthy.health()["connections"]["handshakes"]
+    with LuaHostBridge.connect(directory) as another:
+        deploy(another, DOUBLE)
+        assert answers(another, PROBE)
+    settles(strangers, before, "all of them have shaken hands")
+    assert healthy.health()["connections"]["handshakes"] > handshakes
 
 
 @pytest.mark.parametrize("size", [MESSAGE_MAX + 1, 1 << 40, U64 >> 1])

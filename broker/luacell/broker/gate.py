@@ -1,10 +1,11 @@
-"""Whether strangers may connect: the broker's socket has no name while descriptors are short.
+"""Whether strangers may connect: the broker's socket has no name while descriptors are short. And how many have.
 
 libzmq aborts the process when its ipc listener meets EMFILE (4.3.5, `ipc_listener.cpp:297`). `bounds` divides four
 fifths of the descriptors among hosts, workers and segments; connections that never say who they are take what they
 like. So a thread hears of each one that libzmq accepts, and when more than four fifths are in use it takes the
 socket's name away: whoever is connected is served on, and whoever connects finds nothing and tries again. It does not
-end connections: those without a handshake libzmq drops itself, and then the name is given back.
+end connections: those without a handshake libzmq drops itself, and then the name is given back. What libzmq takes for
+its first protocol version, which had no handshake, stays until it ends (random bytes and HTTP may look so).
 
     open ── more than four fifths in use ──> shut ── four fifths or less ──> open
 """
@@ -31,6 +32,7 @@ log = logging.getLogger("luacell.broker")
 LOOK_MS: Final = 50  # between looks while it is shut
 BACKLOG: Final = 64  # connections that the kernel holds for libzmq, and which it accepts without a name as well
 
+_EVENTS: Final = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_MONITOR_STOPPED
 _ENDPOINT: Final = "inproc://gate"
 _OPEN_DESCRIPTORS: Final = "/proc/self/fd"
 
@@ -45,6 +47,10 @@ class Gate:
         aside: where that is while the gate is shut.
         descriptors: RLIMIT_NOFILE.
         order: hands work to the loop, as the watcher does.
+
+    Attributes:
+        connections: how many there have been, for those who ask how the broker is: `accepted` ones, `handshakes` among
+            them, and `strangers`: those that have, or had, none. Written by the thread, read by anybody.
     """
 
     def __init__(
@@ -62,8 +68,9 @@ class Gate:
         self._limit = usable_descriptors(descriptors)
         self._order = order
         self._is_open = True
+        self.connections = {"accepted": 0, "handshakes": 0, "strangers": 0}
         router.setsockopt(zmq.BACKLOG, BACKLOG)
-        router.monitor(_ENDPOINT, zmq.EVENT_ACCEPTED | zmq.EVENT_MONITOR_STOPPED)
+        router.monitor(_ENDPOINT, _EVENTS)
         # Connected here: libzmq's thread would wait for somebody to hear of the first connection.
         self._events = context.socket(zmq.PAIR)
         self._events.connect(_ENDPOINT)
@@ -95,7 +102,13 @@ class Gate:
         """Wait for a connection, or while the gate is shut for a moment; tell whether to go on."""
         if not self._events.poll(None if self._is_open else LOOK_MS):
             return True
-        return parse_monitor_message(self._events.recv_multipart())["event"] is not zmq.Event.MONITOR_STOPPED
+        event = parse_monitor_message(self._events.recv_multipart())["event"]
+        if event is zmq.Event.MONITOR_STOPPED:
+            return False
+        connections = self.connections
+        connections["accepted" if event is zmq.Event.ACCEPTED else "handshakes"] += 1
+        connections["strangers"] = connections["accepted"] - connections["handshakes"]
+        return True
 
     def _look(self) -> None:
         count = _open_descriptors()

@@ -85,7 +85,7 @@ class Hosts:
         self._facts = facts
         self.links: dict[bytes, HostLink] = {}
         self.callers: dict[bytes, HostLink] = {}  # those of them that have introduced themselves over ZeroMQ, too
-        self.facts: dict[str, str] = {}  # what health tells besides the dispatcher's counts
+        self.facts: dict[str, Any] = {}  # what health tells besides the dispatcher's counts
         self._by_channel: dict[socket.socket, HostLink] = {}
         self._handlers: dict[Op, Callable[[bytes, int, bytes], None]] = {
             Op.CALL: self._on_call,

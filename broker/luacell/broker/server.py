@@ -188,6 +188,7 @@ class Server:
             descriptors,
             self._watcher.order,
         )
+        self._hosts.facts["connections"] = self._gate.connections
         self._bind()
         self._hosts.facts["tcp"] = self.tcp = self._bind_tcp(tcp) if tcp is not None else ""
         self._performers: dict[type[Any], Callable[[Any], None]] = {

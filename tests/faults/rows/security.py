@@ -10,7 +10,7 @@ ROWS: Final = (
     Row(
         "S10",
         "another uid looks into the run and state directories, connects, opens a socket's or the registry's file",
-        "EACCES",
+        "EACCES (no key files to be read or refused: there are no keys before there is a listener beyond this machine)",
         "directories of mode 0700, sockets and files of mode 0600",
     ),
     Row(

@@ -29,8 +29,8 @@ ROWS: Final = (
     Row(
         "Z15",
         "random bytes, HTTP, TLS, half a greeting, another mechanism, socket types that do not fit",
-        "closed, at the latest by the handshake's limit",
-        "libzmq",
+        "closed, at the latest by the handshake's limit, but for what looks like ZMTP 1.0; counted in `health`",
+        "libzmq, and a monitor of its handshakes",
     ),
     Row(
         "Z16",
