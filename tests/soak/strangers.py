@@ -9,10 +9,10 @@ from pathlib import Path
 from luacell.client import LuaFunction, LuaHostBridge
 from tests.soak.report import Report
 from tests.support.contracts import DOUBLE, HEALTHY, answers
-from tests.support.processes import broker_pid, resident_kib
+from tests.support.processes import broker_pid, has_its_spares, resident_kib
 from tests.support.serving import Serving
 from tests.support.strangers import Strangers
-from tests.support.waiting import settles
+from tests.support.waiting import eventually, settles
 
 WAVE = 1000
 GROWTH_MAX_KIB = 1024  # from the end of the second wave to the last
@@ -46,6 +46,7 @@ def run(seed: int, connections: int = 10_000) -> Report:
         with Serving(run_directory), LuaHostBridge.connect(run_directory) as bridge:
             bridge.register_host_contract(HEALTHY, LuaFunction(DOUBLE))
             broker = broker_pid(bridge)
+            eventually(lambda: has_its_spares(bridge), "no worker is about to be started")
             waves = connections // WAVE
             memory = [wave(run_directory, broker, WAVE, patient=number == waves) for number in range(1, waves + 1)]
             if not answers(bridge, HEALTHY) or broker_pid(bridge) != broker:

@@ -326,6 +326,12 @@ def nothing_left(bridge: LuaHostBridge, clean: Callable[[], None], limit_s: floa
     assert after.beside(before) == before
 
 
+def has_its_spares(bridge: LuaHostBridge) -> bool:
+    """Tell whether a service has the spares of one level; one that was taken is replaced a moment later."""
+    health = bridge.health()
+    return bool(health["spares"] >= health["spares_wanted"])
+
+
 def _holdings(bridge: LuaHostBridge) -> Holdings | None:
     """Look while processes come and go."""
     with suppress(FileNotFoundError, ProcessLookupError, AssertionError):
@@ -334,12 +340,13 @@ def _holdings(bridge: LuaHostBridge) -> Holdings | None:
 
 
 def holdings_at_rest(bridge: LuaHostBridge) -> Holdings:
-    """Return what is held once two looks give the same, and all workers are spares that have started."""
+    """Return what is held once two looks give the same, and all workers are spares, none of which is missing."""
 
     def look() -> Holdings | None:
         states = {worker["state"] for worker in bridge.health()["workers"]}
         first = _holdings(bridge)
         time.sleep(0.005)
-        return first if first is not None and first == _holdings(bridge) and states == {"blank"} else None
+        is_steady = has_its_spares(bridge) and states == {"blank"}
+        return first if first is not None and first == _holdings(bridge) and is_steady else None
 
     return eventually(look, "the service is at rest")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import struct
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from luacell.broker.bounds import usable_descriptors
 from luacell.broker.watcher import WorkDone
@@ -34,6 +34,7 @@ BACKLOG: Final = 64  # connections that the kernel holds for libzmq, and which i
 
 _EVENTS: Final = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_MONITOR_STOPPED
 _ENDPOINT: Final = "inproc://gate"
+_EVENT: Final = struct.Struct("=Hi")  # zmq_socket_monitor(3): number and value; pyzmq's own parser imports asyncio
 _OPEN_DESCRIPTORS: Final = "/proc/self/fd"
 
 
@@ -102,11 +103,11 @@ class Gate:
         """Wait for a connection, or while the gate is shut for a moment; tell whether to go on."""
         if not self._events.poll(None if self._is_open else LOOK_MS):
             return True
-        event = parse_monitor_message(self._events.recv_multipart())["event"]
-        if event is zmq.Event.MONITOR_STOPPED:
+        event, _ = _EVENT.unpack(self._events.recv_multipart()[0])
+        if event == zmq.EVENT_MONITOR_STOPPED:
             return False
         connections = self.connections
-        connections["accepted" if event is zmq.Event.ACCEPTED else "handshakes"] += 1
+        connections["accepted" if event == zmq.EVENT_ACCEPTED else "handshakes"] += 1
         connections["strangers"] = connections["accepted"] - connections["handshakes"]
         return True
 
