@@ -89,6 +89,12 @@ def test_arguments_come_from_stdin_and_the_contract_by_its_id(luacell: Command) 
     assert ended.out == "7.5\n"
 
 
+def test_what_is_no_text_is_not_sent_as_another_one(luacell: Command) -> None:
+    ended = luacell("call", NAME, "scale", "-", stdin=b'{"k": 3, "\xff": 2.5}')
+    assert (ended.code, ended.out) == (2, "")
+    assert "stdin is no UTF-8: invalid start byte at byte 10" in ended.errors
+
+
 def test_function_id_still_takes_raw_bytes(luacell: Command) -> None:
     args = "03" + "00" * 7 + "0000000000000440" + "01" + "00" * 7  # 3, 2.5, true
     assert luacell("call", NAME, "1", "--args-hex", args, "--out-size", "8").out == "0000000000001e40\n"

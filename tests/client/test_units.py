@@ -54,10 +54,17 @@ def test_what_hosts_read_alike_succeeds(new: Contract) -> None:
     assert difference(contract(MOVE, STOP), new) == ""
 
 
+def test_singletons_stay_what_they_are() -> None:
+    old = contract(STOP, types=f"{TYPES}singleton = true\n")
+    assert difference(old, old) == ""
+    assert difference(old, contract(STOP)) == "it was one instance for all callers"
+
+
 @pytest.mark.parametrize(
     ("new", "told"),
     [
         (contract(MOVE), "function 1 'stop' is gone"),
+        (contract(MOVE, STOP, types=f"{TYPES}singleton = true\n"), "it had an instance for each caller"),
         (contract(STOP, MOVE), "function 0 was 'move' and is 'stop'"),
         (contract(MOVE.replace("StringView", "Buffer"), STOP), "function 0 'move' has other"),
         (contract(MOVE.replace("Array<Point>", "Array<u8>"), STOP), "function 0 'move' has other"),

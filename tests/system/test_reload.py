@@ -183,6 +183,9 @@ def test_requirements_hold_at_deployment_and_removal(bridge: LuaHostBridge, tmp_
     bridge.deploy(base.path)
     with pytest.raises(DeploymentError, match=r"'user' requires host\.first 1\.2\.0, and host\.first 1\.1\.0 is"):
         bridge.deploy(user.path)
+    other_major = Directory(tmp_path / "major", SECOND, head='requires = ["host.first@2"]')
+    with pytest.raises(DeploymentError, match=r"'major' requires host\.first 2\.0\.0, and host\.first 1\.1\.0 is"):
+        bridge.deploy(other_major.path)
     assert units_of(bridge) == {FIRST: "base"}
     base.describe("host.first@1.2.3")
     bridge.deploy(base.path)

@@ -400,6 +400,17 @@ def test_what_is_no_implementation_is_refused(source: str, problem: str, reason:
     assert reason in made.reason
 
 
+def test_functions_that_are_declared_are_no_hooks() -> None:
+    functions = "".join(f'[[host_contract.functions]]\nname = "{name}"\nreturn = "u8"\n' for name in ("new", "destroy"))
+    text = f'[[host_contract]]\nname = "host.made"\nversion = "1"\n{functions}'
+    lua = "local T = { n = 0 }\nfunction T:new() self.n = self.n + 1 return self.n end\nT.destroy = T.new\nreturn T"
+    made = InProcess(text, lua)
+    made.raw(CREATE, head(1), 0)
+    assert [made.raw(IN_INSTANCE | fn_id, head(1), 1) for fn_id in (0, 1)] == [b"\1", b"\2"]
+    made.raw(DESTROY, struct.pack("<Q", 1), 0)
+    assert made.call("new") == 3, "no end of an instance has called it"
+
+
 def test_new_must_give_a_table() -> None:
     made = InProcess(one("Void"), "return { run = function() end, new = function() return 3 end }")
     with pytest.raises(Failed, match=r"host\.one@1: new\(\): expected a table, got number 3"):

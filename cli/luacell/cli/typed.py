@@ -43,7 +43,7 @@ def call(
             hint = "call a function by its id, or deploy the contract with an api.toml"
             raise UsageError(f"{contract} is a raw contract: its functions have no names", hint) from None
         called = function_of(found, function)
-        text = read_input(Path("-")).decode("utf-8", "replace") if arguments == "-" else arguments or ""
+        text = _stdin() if arguments == "-" else arguments or ""
         values = read_arguments(called, text, f"{found}.{function}")
         proxy = bridge.contract(name)
         if timeout is not None:
@@ -55,6 +55,18 @@ def call(
         print_json({"contract": str(found), "function": function, "result": result})
     elif not isinstance(called.result, Void):
         typer.echo(json.dumps(result, ensure_ascii=False))
+
+
+def _stdin() -> str:
+    """Read the arguments from stdin.
+
+    Raises:
+        UsageError: they are no text.
+    """
+    try:
+        return read_input(Path("-")).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin is no UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def function_of(contract: Contract, name: str) -> Function:

@@ -171,16 +171,16 @@ def _check_contracts(deployment: Deployment, registered: list[ContractInfo]) -> 
 
 
 def _check_required(deployment: Deployment, registered: list[ContractInfo]) -> None:
-    there = {info.id: _version(info) for info in registered}
-    there.update({unit.ref.id: unit.ref.version for unit in deployment.units})
+    there = {info.id: (info.name, _version(info)) for info in registered}
+    there.update({unit.ref.id: (unit.ref.name or "", unit.ref.version) for unit in deployment.units})
     for required in deployment.requires:
-        version = there.get(required.id)
         assert required.version is not None
-        if version is None or not version.satisfies(required.version):
-            found = f"{required.name} {version} is registered" if version else "nothing of that name is registered"
+        found = [version for name, version in there.values() if name == required.name and version is not None]
+        if not any(version.satisfies(required.version) for version in found):
+            what = f"{required.name} {', '.join(map(str, sorted(found)))}" if found else "nothing of that name"
             raise DeploymentError(
                 f"{deployment.directory}: unit {deployment.name!r} requires {required.name} {required.version}, and "
-                f"{found}"
+                f"{what} is registered"
             )
 
 
@@ -201,6 +201,8 @@ def _check_functions(deployment: Deployment, unit: Unit, api_text: bytes) -> Non
 
 def difference(old: Contract, new: Contract) -> str:
     """Tell by what a contract is no successor of another one, or "": functions may only be added, at the end."""
+    if old.singleton != new.singleton:
+        return "it was one instance for all callers" if old.singleton else "it had an instance for each caller"
     for function in old.functions:
         if function.id >= len(new.functions):
             return f"function {function.id} {function.name!r} is gone"

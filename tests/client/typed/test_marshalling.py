@@ -124,7 +124,7 @@ def test_nothing_is_packed_for_no_parameters_and_unpacked_for_no_result() -> Non
     assert packers.pack(()) == b""
     assert packers.unpack(b"anything") is None
     assert (packers.out_size, packers.out_varies) == (0, False)
-    with pytest.raises(ArgumentTypeError, match=r"^host\.x@1\.f: takes 0 arguments \(\), not 1$"):
+    with pytest.raises(ArgumentTypeError, match=r"^host\.x@1\.f: takes 0 arguments \(none\), not 1$"):
         packers.pack((1,))
 
 
@@ -277,7 +277,7 @@ def test_value_of_an_enum_without_flags_is_one_of_its_variants() -> None:
 @pytest.mark.parametrize(("args", "given_"), [((), "0"), ((1, 2), "2"), (None, "None")])
 def test_wrong_number_of_arguments_is_a_type_error(args: Any, given_: str) -> None:
     packers, _ = echoing("u8")
-    with pytest.raises(TypeError, match=rf"^host\.echo@1\.echo: takes 1 arguments \(value\), not {given_}$"):
+    with pytest.raises(TypeError, match=rf"^host\.echo@1\.echo: takes 1 argument \(value\), not {given_}$"):
         packers.pack(args)
 
 

@@ -61,7 +61,8 @@ class ArgumentCheck:
         if not isinstance(args, (tuple, list)) or len(args) != len(params):
             given = len(args) if isinstance(args, (tuple, list)) else shown(args)
             names = ", ".join(param.name for param in params)
-            return self._kind("", f"takes {len(params)} arguments ({names}), not {given}")
+            count = f"{len(params)} argument{'' if len(params) == 1 else 's'}"
+            return self._kind("", f"takes {count} ({names or 'none'}), not {given}")
         for param, value in zip(params, args, strict=True):
             found = self._value(param.name, param.type, value)
             if found is not None:
@@ -100,7 +101,7 @@ class ArgumentCheck:
         elif isinstance(value, dict):
             values = dict(value)
         else:
-            return self._not(path, type_, value, f"a {type_.name} or a dict of its fields")
+            return self._not(path, type_, value, f"{_a(type_.name)} or a dict of its fields")
         missing = [name for name in names if name not in values]
         unknown = [name for name in values if name not in names]
         if missing or unknown:
@@ -115,7 +116,7 @@ class ArgumentCheck:
     def _enum(self, path: str, type_: Enum, value: object) -> ArgumentError | None:
         number = _index(value)
         if number is None:
-            return self._not(path, type_, value, f"a {type_.name} or its int")
+            return self._not(path, type_, value, f"{_a(type_.name)} or its int")
         if is_of(type_, number):
             return None
         names = _listed([variant.name for variant in type_.variants])
@@ -281,6 +282,10 @@ def _index(value: object) -> int | None:
         return index(value)  # type: ignore[arg-type]
     except TypeError:
         return None
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[0] in "AEIOUaeiou" else f"a {name}"
 
 
 def _listed(names: list[str]) -> str:

@@ -308,16 +308,19 @@ end
 -- By arena, which is a host's, and by the number that the host has chosen. 0 is the host's default one.
 local instances, instance_count = {}, 0
 local implementation, singleton, title
+local declared = {} -- functions of the contract, by name: these are no hooks of its instances
 
 local function make()
-  if type(implementation) == "function" or type(implementation.new) ~= "function" then return implementation end
+  if type(implementation) == "function" or declared.new or type(implementation.new) ~= "function" then
+    return implementation
+  end
   local instance = implementation.new()
   if type(instance) ~= "table" then refuse(title .. ": new()", "a table", instance) end
   return instance
 end
 
 local function destroy(instance)
-  local method = instance ~= implementation and instance.destroy
+  local method = instance ~= implementation and not declared.destroy and instance.destroy
   if type(method) == "function" then pcall(method, instance) end
 end
 
@@ -374,13 +377,12 @@ end
 
 -- -- state -------------------------------------------------------------------------------------------------------
 -- A singleton may hand its state to the worker that follows: `save()` returns a string, `restore(text)` takes it up.
--- Functions of the contract by these names are just that.
 local hooks = {}
 
-local function find_hooks(functions_by_name)
+local function find_hooks()
   for _, name in pairs({ "save", "restore" }) do
     local method = singleton[name]
-    if type(method) == "function" and not functions_by_name[name] then hooks[name] = method end
+    if type(method) == "function" and not declared[name] then hooks[name] = method end
   end
 end
 
@@ -440,12 +442,11 @@ function typed.bind(table_of_methods, is_singleton, functions, names, count, nam
     if type(implementation[names[id]]) ~= "function" then
       return nil, format("%s: the implementation has no function %s", title, names[id])
     end
+    declared[names[id]] = true
   end
   if is_singleton then
     singleton = make()
-    local functions_by_name = {}
-    for id = 0, count - 1 do functions_by_name[names[id]] = true end
-    find_hooks(functions_by_name)
+    find_hooks()
   end
   return dispatcher(functions, count)
 end
