@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from luacell.broker.causes import SIGALRM, SIGKILL, Cause
-from luacell.protocol.headers import NOT_BEGUN, RECYCLE, RETIRE, Done
+from luacell.protocol.headers import NOT_BEGUN, PROCESS_FULL, RECYCLE, RETIRE, Done
 from luacell.protocol.limits import NS_PER_MS, NS_PER_S, NS_PER_US
 from tests.broker.simulated_hosts import CONTRACTS, random_budget_us
 from tests.broker.simulated_memory import Slot
@@ -273,7 +273,8 @@ class SimulatedWorker:
         if schedule.chance(swarm.hostile):
             self._misbehave(call)
         if schedule.chance(swarm.failing):
-            code, flags = schedule.rng.choice(((CONTRACT_FAILED, 0), (OUT_OF_MEMORY, RETIRE)))
+            full = PROCESS_FULL * (call.sequence & 1)
+            code, flags = schedule.rng.choice(((CONTRACT_FAILED, 0), (OUT_OF_MEMORY, RETIRE | full)))
         if swarm.wearing and schedule.chance(swarm.wearing):
             flags = schedule.rng.choice((flags | RECYCLE, flags | RECYCLE, RETIRE))
         if schedule.chance(swarm.endless):

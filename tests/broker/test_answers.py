@@ -97,6 +97,12 @@ def test_running_out_of_memory_names_the_limit(call: Call) -> None:
     assert failure.message.startswith(f"{TITLE}: used more than its memory 64 MiB")
 
 
+def test_running_out_of_the_process_s_memory_names_that_limit(call: Call) -> None:
+    failure = answers.out_of_memory(call, call.arrived_ns, in_process=True)
+    assert (failure.code, failure.limit) == (AbiErrorCode.OUT_OF_MEMORY, "process memory 512 MiB")
+    assert "more than its process memory 512 MiB" in failure.message and "raise `max_rss`" in failure.message
+
+
 def test_a_call_that_was_never_sent_did_not_run(call: Call) -> None:
     call.sent_ns = 0
     failure = answers.cancelled(call, "no", call.arrived_ns + 5 * NS_PER_MS)

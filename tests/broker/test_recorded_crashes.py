@@ -10,7 +10,7 @@ import pytest
 from luacell.broker.causes import UNKNOWN, Cause
 from luacell.broker.model import Call, DropPair, KillWorker, RecordCrash, SendFailure, SendReleased, Worker
 from luacell.protocol.errors import AbiErrorCode
-from luacell.protocol.headers import NOT_BEGUN, RETIRE
+from luacell.protocol.headers import NOT_BEGUN, PROCESS_FULL, RETIRE
 from tests.broker.bench import HOST, KILLED, SEGFAULT, VITALS, Bench, of_kind
 
 CRASHED, LATE, SPENT = AbiErrorCode.WORKER_CRASHED, AbiErrorCode.DEADLINE_EXCEEDED, AbiErrorCode.OUT_OF_MEMORY
@@ -94,6 +94,13 @@ def test_a_call_that_runs_out_of_memory_is_put_on_record_once(bench: Bench) -> N
     assert place(bench, RecordCrash) < place(bench, SendFailure)
     bench.die(worker, KILLED)
     assert not bench.has(RecordCrash)
+
+
+def test_which_memory_it_was_that_ran_out_is_told_and_put_on_record(bench: Bench) -> None:
+    call = running(bench, memory=32 << 20, max_rss=100 << 20)
+    bench.done(call, code=int(SPENT), flags=RETIRE | PROCESS_FULL)
+    assert bench.only(RecordCrash).cause == "out of memory: 200 MiB in its process"
+    assert bench.only(SendFailure).limit == "process memory 200 MiB"
 
 
 def test_a_call_whose_answer_is_found_in_its_slot_is_not_put_on_record(bench: Bench) -> None:

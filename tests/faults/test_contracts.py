@@ -166,7 +166,9 @@ def test_c25_c94_memory_bombs_are_out_of_memory(bridge: LuaHostBridge, contract:
     contract(body, memory="16MiB")
     assert serves(bridge)
     with closing(worker_of(bridge, PROBE)) as worker:
-        assert isinstance(failure(bridge, PROBE, 1), OutOfMemory)
+        error = failure(bridge, PROBE, 1)
+        assert isinstance(error, OutOfMemory)
+        assert error.limit == "memory 16 MiB"
         assert worker.ends_within()
     assert serves(bridge)
 
@@ -178,7 +180,7 @@ FAILED = "ffi.cast('void *', -1)"
 
 def fill(bridge: LuaHostBridge, contract: Thrower, body: str) -> None:
     """Deploy a contract that takes memory of C, up to twice its max_rss, the least there is: 128 MiB."""
-    contract(body, TAKE, memory="1MiB", max_rss="64MiB")
+    contract(body, TAKE, memory="16MiB", max_rss="64MiB")
     assert serves(bridge)
 
 
@@ -211,9 +213,14 @@ def test_c30_memory_of_c_without_end_is_the_contract_s_own_error_where_it_looks(
     assert serves(bridge)
 
 
+LUA_BEHIND_C = "while ffi.C.malloc(2^20) ~= nil do end local t = {} for n = 1, 1e6 do t[n] = { n } end"
+
+
 def test_c30_vm_that_c_left_no_memory_is_out_of_memory(bridge: LuaHostBridge, contract: Thrower) -> None:
-    fill(bridge, contract, "while ffi.C.malloc(2^20) ~= nil do end local t = {} for n = 1, 1e6 do t[n] = { n } end")
-    assert isinstance(failure(bridge, PROBE, 1), OutOfMemory)
+    fill(bridge, contract, LUA_BEHIND_C)
+    error = failure(bridge, PROBE, 1)
+    assert isinstance(error, OutOfMemory)
+    assert error.limit == "process memory 128 MiB"
     assert serves(bridge)
 
 
@@ -240,12 +247,13 @@ def test_c28_c30_memory_bombs_while_loading_are_failures_to_load(bridge: LuaHost
     bombs = {
         "while true do ffi.C.memset(ffi.C.malloc(2^20), 1, 2^20) end": "signal 11 (SIGSEGV)",
         "while true do assert(ffi.C.malloc(2^20) ~= nil, 'no more') end": "no more",
-        "local t = {} while true do t[#t + 1] = ffi.new('char[4096]') end": "memory",
+        "local t = {} while true do t[#t + 1] = ffi.new('char[4096]') end": "more than its memory 16 MiB while loading",
+        LUA_BEHIND_C: "more than its process memory 128 MiB while loading",
     }
     for bomb, words in bombs.items():
         source = f'local ffi = require("ffi") ffi.cdef[[{TAKE}]] {bomb}'
         with pytest.raises(VmRegistrationFailed, match=re.escape(words)):
-            deploy(bridge, source, memory="1MiB", max_rss="64MiB", sandbox=level)
+            deploy(bridge, source, memory="16MiB", max_rss="64MiB", sandbox=level)
         assert answers(bridge, HEALTHY)
 
 

@@ -262,10 +262,13 @@ def _at_which(began: Began) -> str:
     return "while running the call" if began == "yes" else "before it began the call"
 
 
-def out_of_memory(call: Call, now_ns: int, *, slot: str = "free") -> SendFailure:
-    """Say that a call ran into its contract's memory limit."""
-    bound = f"memory {call.contract.record.settings.memory / MIB:g} MiB"
-    text = f"{call.title}: used more than its {bound}; its state is lost, raise `memory` if it needs more"
+def out_of_memory(call: Call, now_ns: int, *, in_process: bool = False, slot: str = "free") -> SendFailure:
+    """Say that a call ran into a limit of its contract's memory: the process's, with what C took, or the Lua heap's."""
+    settings = call.contract.record.settings
+    bound, key = f"memory {settings.memory / MIB:g} MiB", "memory"
+    if in_process:
+        bound, key = f"process memory {settings.process_memory / MIB:g} MiB", "max_rss"
+    text = f"{call.title}: used more than its {bound}; its state is lost, raise `{key}` if it needs more"
     return _failure(call, AbiErrorCode.OUT_OF_MEMORY, text, "yes", now_ns, slot=slot, limit=bound)
 
 

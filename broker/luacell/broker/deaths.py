@@ -123,11 +123,22 @@ def crash_of(episode: Episode, cause: Cause, verdict: str) -> RecordCrash | None
     )
 
 
-def exhaustion_of(call: Call, now_ns: int) -> RecordCrash | None:
-    """Return what is to be remembered of a call that has used up its contract's memory, or None; see `crash_of`."""
+def exhaustion_of(call: Call, now_ns: int, *, in_process: bool = False) -> RecordCrash | None:
+    """Return what is to be remembered of a call that has used up its contract's memory, or None; see `crash_of`.
+
+    Args:
+        call: it.
+        now_ns: when its worker said so.
+        in_process: it was its process's, not that of its Lua heap.
+    """
     if call.contract.owner is not None:
         return None
-    code, cause = AbiErrorCode.OUT_OF_MEMORY, f"out of memory: {call.contract.record.settings.memory / MIB:g} MiB"
+    settings = call.contract.record.settings
+    size = settings.process_memory if in_process else settings.memory
+    code, cause = (
+        AbiErrorCode.OUT_OF_MEMORY,
+        f"out of memory: {size / MIB:g} MiB{' in its process' if in_process else ''}",
+    )
     sent_ns = call.sent_ns or now_ns
     queued, ran = (sent_ns - call.arrived_ns) / NS_PER_S, (now_ns - sent_ns) / NS_PER_S
     return RecordCrash(call, code, cause, None, None, queued, ran, None, None)

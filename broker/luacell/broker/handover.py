@@ -541,10 +541,12 @@ class Handover:
         """Relay a worker's answer, made fit for that: sizes are within what the host asked for."""
         if done.code == AbiErrorCode.OUT_OF_MEMORY and done.flags & headers.RETIRE:
             # The worker does not know what the broker calls its contract. Without RETIRE it is another's memory.
-            crash = exhaustion_of(call, now_ns)
+            in_process = bool(done.flags & headers.PROCESS_FULL)
+            crash = exhaustion_of(call, now_ns, in_process=in_process)
             if crash is not None:
                 effects.append(crash)
-            effects.append(answers.out_of_memory(call, now_ns, slot="free" if slot_free else "kept"))
+            slot = "free" if slot_free else "kept"
+            effects.append(answers.out_of_memory(call, now_ns, in_process=in_process, slot=slot))
             return
         self.answered_count += 1
         out_size = min(done.out_size, call.header.out_size)

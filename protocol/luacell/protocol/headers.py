@@ -98,6 +98,7 @@ SLOT_FREE: Final = 1
 RETIRE: Final = 1  # the worker must not be used again
 NOT_BEGUN: Final = 2  # the call was past its deadline or withdrawn, and was not run
 RECYCLE: Final = 4  # the worker has served its calls, or its memory is beyond its limit: another should follow it
+PROCESS_FULL: Final = 8  # with RETIRE and OUT_OF_MEMORY: its process could have no more memory; else its Lua heap
 
 
 class Call(NamedTuple):

@@ -59,6 +59,7 @@ from luacell.protocol.limits import (
     PAYLOAD_MAX,
     QUEUE_LIMIT,
     QUEUE_MAX,
+    RSS_HARD_FACTOR,
     RSS_MARGIN,
     RSS_MAX,
     SLOTS_PER_SEGMENT_MAX,
@@ -175,6 +176,11 @@ class Settings:
     def rss_limit(self) -> int:
         """Bytes of a worker's own memory at which another follows it."""
         return self.max_rss or self.memory + RSS_MARGIN
+
+    @property
+    def process_memory(self) -> int:
+        """Bytes that a worker may take beyond what it has before it is given the contract, the Lua heap included."""
+        return RSS_HARD_FACTOR * max(self.rss_limit, self.memory)
 
     def as_fields(self) -> dict[str, Any]:
         """Return the settings as fields of a message."""

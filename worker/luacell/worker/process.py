@@ -26,6 +26,7 @@ from luacell.protocol.limits import (
     CARRY_LIMIT_NS,
     LOAD_LIMIT_NS,
     MESSAGE_MAX,
+    MIB,
     NS_PER_S,
     STATE_MAX,
 )
@@ -50,6 +51,9 @@ EXIT_BROKEN: Final = 70  # the worker itself cannot go on (EX_SOFTWARE)
 OUT_OF_MEMORY_TEXT: Final = b"Lua exception: not enough memory"
 _LATE: Final = frozenset({Op.RESULT_INLINE, Op.PIECE, Op.MORE, Op.FAILURE, Op.REPLY})  # for whom nobody waits any more
 STATM_SIZE: Final = 128  # bytes; seven numbers
+# Bytes that nobody touches: given back when a contract has left no memory, so that Python, which asks for 1 MiB at a
+# time, can say so.
+RESERVE_SIZE: Final = 4 * MIB
 _INBOX_SIZE: Final = MESSAGE_MAX + (64 << 10)  # bytes; the largest message, and what has come with its end
 _FRAME_HEAD: Final = 16  # bytes before the reply, of which the head of a frame takes the last 2 or 9
 _RECORD_SIZE: Final = headers.EXECUTE.size
@@ -96,6 +100,8 @@ class WorkerProcess:
         self._records = ctypes.create_string_buffer(CALLS_PER_MESSAGE_MAX * headers.EXECUTE.size)
         reply_size = headers.PREAMBLE_SIZE + CALLS_PER_MESSAGE_MAX * headers.DONE.size
         self._reply = ctypes.create_string_buffer(_FRAME_HEAD + reply_size)
+        self._limits = memory.UNLIMITED  # until there is a contract
+        self._reserve = mmap.mmap(-1, RESERVE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._progress = _Progress()
         self._reply_view = memoryview(self._reply).cast("B")[_FRAME_HEAD:]
         self._reply_address = ctypes.addressof(self._reply) + _FRAME_HEAD
@@ -165,13 +171,14 @@ class WorkerProcess:
 
     def _answer_out_of_memory(self) -> None:
         """Answer in the VM's place, which has no memory left even for that, and must not be used again."""
+        flags = headers.RETIRE | (headers.PROCESS_FULL if self._ran_out() else 0)
         progress = self._progress
         record = headers.Execute._make(headers.EXECUTE.unpack_from(self._records, progress.position * _RECORD_SIZE))
         sequence, slot = record.sequence, record.slot
         _, out, stride = self._pairs[record.arena, slot >> SLOT_SHIFT]
         start = (slot & _POSITION_MASK) * stride
         if progress.position < progress.count and read_answer(out.view, start).done != sequence:
-            done = (sequence, int(AbiErrorCode.OUT_OF_MEMORY), 0, len(OUT_OF_MEMORY_TEXT), headers.RETIRE)
+            done = (sequence, int(AbiErrorCode.OUT_OF_MEMORY), 0, len(OUT_OF_MEMORY_TEXT), flags)
             payload = start + PAYLOAD_OFFSET
             out.view[payload : payload + len(OUT_OF_MEMORY_TEXT)] = OUT_OF_MEMORY_TEXT
             headers.DONE.pack_into(out.view, start + DONE_OFFSET, *done)  # the words behind `begun` have the same form
@@ -186,7 +193,9 @@ class WorkerProcess:
         try:
             problem, reason = "load", self._objection_to(load)
             if not reason:
-                limit_memory(*memory.limits(self._use(), load.memory, load.max_rss))
+                self._limits = memory.limits(self._use(), load.memory, load.max_rss)
+                limit_memory(*self._limits)
+                self._vm.limit_memory(load.memory, self._limits.data, resource.getpagesize())
                 problem, reason = self._vm.load(
                     load.source,
                     load.chunk_name,
@@ -201,6 +210,11 @@ class WorkerProcess:
                 self._vm.limit_wear(load.max_calls, -(-load.max_rss // resource.getpagesize()), self._statm)
         except (ApiError, _ManySingletons) as error:
             problem, reason = "load", str(error)
+        except OutOfLuaMemory:
+            bound = f"memory {load.memory / MIB:g} MiB"
+            if self._ran_out():
+                bound = f"process memory {memory.headroom(load.memory, load.max_rss) / MIB:g} MiB"
+            problem, reason = "load", f"it used more than its {bound} while loading"
         loaded = messages.Loaded(
             problem=problem,
             reason=reason[: messages.REASON_MAX],
@@ -215,6 +229,11 @@ class WorkerProcess:
         """Return what this process has of memory by now."""
         statm = os.pread(self._statm, STATM_SIZE, 0) if self._statm >= 0 else b""
         return memory.use(statm, resource.getpagesize())
+
+    def _ran_out(self) -> bool:
+        """Make room to tell that Lua could have no memory; return whether the process had no more, or its Lua heap."""
+        self._reserve.close()
+        return memory.is_full(self._use(), self._limits.less(RESERVE_SIZE), self._vm.heap_left)
 
     def _excess(self, max_rss: int) -> str:
         """Tell why the contract, which has loaded, is too large to be served, or ""; frees what only loading took."""

@@ -55,6 +55,7 @@ class Vm:
         self.add_pair: Any = self._runtime.add_pair
         self.remove_pair: Any = self._runtime.remove_pair
         self.forget: Any = self._runtime.forget
+        self.limit_memory: Any = self._runtime.limit_memory
         self.limit_wear: Any = self._runtime.limit_wear
         self._typed: Any = None
 
@@ -102,6 +103,9 @@ class Vm:
 
         Returns:
             "" when it is ready, else "type" or "load"; and the reason.
+
+        Raises:
+            OutOfLuaMemory: there is no more, of its own or of the process's.
         """
         sources = self._lua.table_from({name.encode(): module for name, module in modules.items()})
         own_only = None if sandbox == DEFAULT else self._lua.table_from(map(str.encode, c_modules))
@@ -112,10 +116,10 @@ class Vm:
         try:
             text = None if binding is None else binding.encode()
             problem, reason = self._load(source, chunk_name.encode(), sources, typed, text, raw, own_only, strip)
-        except OutOfLuaMemory:
-            return "load", f"it used more than its {memory} bytes of memory while loading"
         except LuaFailure as error:
             return "load", f"an error escaped the loader: {error}"
+        if problem == "memory":
+            raise OutOfLuaMemory(reason)
         return problem, reason.encode(_ENCODING).decode("utf-8", "replace")
 
     @property
@@ -127,6 +131,12 @@ class Vm:
     def restores(self) -> bool:
         """Whether it takes up another's state."""
         return self._typed is not None and bool(self._typed.restores())
+
+    @property
+    def heap_left(self) -> int:
+        """Bytes that the Lua heap may still take."""
+        left: int = self._lua.get_max_memory() - self._lua.get_memory_used()
+        return left
 
     def collect(self) -> None:
         """Free what the contract does not use any more; what its finalizers raise is nobody's."""

@@ -12,7 +12,7 @@ local band, rshift = bit.band, bit.rshift
 local xpcall, pcall, type, tostring, tonumber, error = xpcall, pcall, type, tostring, tonumber, error
 local sub, find, traceback, floor, stderr = string.sub, string.find, debug.traceback, math.floor, io.stderr
 local min, max = math.min, math.max
-local setmetatable = setmetatable
+local setmetatable, collectgarbage = setmetatable, collectgarbage
 
 ffi.cdef [[
 typedef struct {
@@ -33,7 +33,7 @@ int64_t luacell_read_at(int, void *, size_t, int64_t) __asm__("pread");
 ]]
 
 local OK, STALE_HANDLE, CALL_FAILED, OUT_OF_MEMORY, BAD_REQUEST = 0, 5, 102, 258, 263
-local RETIRE, NOT_BEGUN, RECYCLE = 1, 2, 4
+local RETIRE, NOT_BEGUN, RECYCLE, PROCESS_FULL = 1, 2, 4, 8
 local HAS_ARGS, HAS_OUT = 1, 2
 local PAYLOAD, WITHDRAWN = 128, 64
 local ERROR_TEXT_MAX = 4096 -- bytes
@@ -61,6 +61,7 @@ local timer_ns = 0 -- when the timer fires; 0: not set
 local cpu_us, cpu_read_ns = 0, 0 -- CPU time of this process, and when it was that
 local max_calls, max_pages = 0, 0 -- at which another worker should follow this one; 0: never
 local statm = -1 -- descriptor of /proc/self/statm
+local heap_max, data_max, page_size = 0, 0, 0 -- bytes of the Lua heap, and of the process's data, 0 where not known
 local served, granted, calls_left = 0, 0, 0 -- calls until the last look; after it, until the next one
 local look_ns = 0 -- when there is one in any case
 local handled -- whether the handler saw the error: LuaJIT does not call it when memory is out
@@ -72,6 +73,7 @@ local now = ffi.new("luacell_timespec")
 local timer = ffi.new("luacell_itimer")
 local fence = ffi.new("luacell_mutex")
 local statm_text = ffi.new("uint8_t[?]", STATM_SIZE)
+local statm_fields = ffi.new("double[8]") -- seven, and one beyond what follows them
 
 local function clock_ns()
   C.luacell_clock(CLOCK_MONOTONIC, now)
@@ -179,21 +181,31 @@ local function end_waiting(since_ns)
   set_timer(max(timer_ns - at_ns, 1000))
 end
 
--- Pages that this process holds for itself, which those of arenas and libraries are not; 0 where that is not known.
-local function own_pages()
+-- Read how many pages this process has, by kind, as proc_pid_statm(5) numbers them; false where that is not known.
+local function read_statm()
   local length = tonumber(C.luacell_read_at(statm, statm_text, STATM_SIZE, 0))
-  local field, value, resident = 1, 0, 0
+  local field, value = 0, 0
   for index = 0, length - 1 do
     local digit = statm_text[index] - 48
     if digit >= 0 and digit <= 9 then
       value = value * 10 + digit
-    elseif field == 3 then
-      return resident - value
     else
-      resident, field, value = value, field + 1, 0
+      statm_fields[field] = value
+      field, value = min(field + 1, 7), 0
     end
   end
-  return 0
+  return field == 7
+end
+
+-- Pages that this process holds for itself, which those of arenas and libraries are not; 0 where that is not known.
+local function own_pages()
+  return read_statm() and statm_fields[1] - statm_fields[2] or 0
+end
+
+-- Whether it is the process that had no more memory, not the Lua heap: `is_full` of memory.py.
+local function is_process_full()
+  return data_max > 0 and read_statm() and
+    data_max - statm_fields[5] * page_size < heap_max - collectgarbage("count") * 1024
 end
 
 -- Look at how worn this process is; returns what the answer is to say of it.
@@ -232,7 +244,8 @@ local function judged(text)
     if type(text) == "string" and find(text, "stack overflow", 1, true) then
       return CALL_FAILED, "Lua exception: " .. cut(text, MESSAGE_MAX), 0
     end
-    return OUT_OF_MEMORY, "Lua exception: " .. cut(described(text), MESSAGE_MAX), RETIRE
+    local why = is_process_full() and PROCESS_FULL or 0
+    return OUT_OF_MEMORY, "Lua exception: " .. cut(described(text), MESSAGE_MAX), RETIRE + why
   end
   if chosen_code then return chosen_code, text, 0 end
   return CALL_FAILED, type(text) == "string" and text or "Lua exception: error in error handling", 0
@@ -308,7 +321,7 @@ local function execute(index, place)
   local code, text, verdict = judged(result)
   if verdict == 0 then verdict = wear end
   finish(answer, out_slot, sequence, code, 0, text, verdict)
-  return verdict
+  return band(verdict, RETIRE) ~= 0 and RETIRE or verdict
 end
 
 local function byte_pointer(address)
@@ -338,6 +351,10 @@ return {
   end,
   -- Bound how long this process is used: calls, 0 for no bound; pages, 0 likewise, as a descriptor tells them.
   limit_wear = function(calls, pages, descriptor) max_calls, max_pages, statm = calls, pages, descriptor end,
+  -- Tell what memory there is: bytes of Lua beyond what it has now, bytes of data of the process, bytes of a page.
+  limit_memory = function(lua, data, page)
+    heap_max, data_max, page_size = lua + collectgarbage("count") * 1024, data, page
+  end,
   set_target = function(callable) target = callable end,
   set_typed_target = function(callable, forget)
     target, is_typed, forget_arena = callable, true, forget

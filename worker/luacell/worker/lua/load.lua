@@ -11,6 +11,7 @@ local traceback, gsub, sub = debug.traceback, string.gsub, string.sub
 local package, loadlib, ipairs = package, package.loadlib, ipairs
 
 local REASON_MAX = 3072 -- bytes
+local NO_MEMORY = "not enough memory" -- LuaJIT's own words
 
 -- The system's modules, pure Lua and C; never the current directory.
 package.path = "/usr/local/share/lua/5.1/?.lua;/usr/local/share/lua/5.1/?/init.lua;" ..
@@ -78,6 +79,12 @@ local function handler(value)
 end
 runtime.state_handler = handler
 
+-- Problem and reason of an error that `handler` has seen; LuaJIT does not show it the one that there is no memory.
+local function failed(value)
+  if value == NO_MEMORY then return "memory", value end
+  return "load", type(value) == "string" and value or "error in error handling"
+end
+
 -- The implementation of a typed contract is a table of functions, which a binding puts between it and memory; or one raw
 -- function, for which `raw_binding` returns another binding.
 local function bind(typed, binder, raw_binding, implementation)
@@ -89,15 +96,16 @@ local function bind(typed, binder, raw_binding, implementation)
     return "type", "table " .. type(implementation)
   end
   local fine, bound, reason = xpcall(function() return binder(implementation) end, handler)
-  if not fine then return "load", type(bound) == "string" and bound or "error in error handling" end
+  if not fine then return failed(bound) end
   if not bound then return "load", reason end
   runtime.set_typed_target(bound, typed.forget)
   return "", ""
 end
 
--- Returns problem ("", "type" or "load") and reason, which for "type" is the type that the chunk gave, behind "table"
--- where that is wanted. `typed` and `binding` are given for typed contracts; the enums of
--- their description are `luacell.enums`; `raw_binding` where the implementation may be a raw function. `c_paths` are given for contracts that can open no file, and `strip`, which
+-- Returns problem ("", "type", "load" or "memory") and reason, which for "type" is the type that the chunk gave, behind
+-- "table" where that is wanted. `typed` and `binding` are given for typed contracts; the enums of their description
+-- are `luacell.enums`; `raw_binding` where the implementation may be a raw function. `c_paths` are given for contracts
+-- that can open no file, and `strip`, which
 -- takes from Lua what leads out of it, for untrusted ones: once everything of ours has what it needs.
 local function load_contract(source, chunk_name, sources, typed, binding, raw_binding, c_paths, strip)
   offer_modules(sources, c_paths)
@@ -111,7 +119,7 @@ local function load_contract(source, chunk_name, sources, typed, binding, raw_bi
   local chunk, problem = compiled(source, chunk_name)
   if not chunk then return "load", cut(described(problem), REASON_MAX) end
   local fine, value = xpcall(chunk, handler)
-  if not fine then return "load", type(value) == "string" and value or "error in error handling" end
+  if not fine then return failed(value) end
   if binder then return bind(typed, binder, raw_binding, value) end
   if type(value) ~= "function" then return "type", type(value) end
   runtime.set_target(value)

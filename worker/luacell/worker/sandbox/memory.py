@@ -11,9 +11,11 @@ Source: getrlimit(2), proc_pid_statm(5); may_expand_vm and is_data_mapping in Li
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 from luacell.protocol.limits import MIB, RSS_HARD_FACTOR, RSS_MARGIN, TOTAL_MEMORY_MAX
+
+_UNLIMITED_SIZE: Final = 1 << 63  # bytes; more than there can be
 
 
 class Use(NamedTuple):
@@ -36,7 +38,12 @@ class Limits(NamedTuple):
     data: int
     address_space: int
 
+    def less(self, size: int) -> Self:
+        """Return the same for a process that has given back as many bytes of data."""
+        return self._replace(data=self.data - size)
 
+
+UNLIMITED: Final = Limits(_UNLIMITED_SIZE, _UNLIMITED_SIZE)  # before a contract is given
 # Where /proc does not tell. A worker that waits for its contract has far less.
 SUPPOSED: Final = Use(64 * MIB, 512 * MIB, 0)
 
@@ -68,8 +75,27 @@ def limits(before: Use, memory: int, max_rss: int) -> Limits:
         memory: bytes that its Lua heap may use.
         max_rss: bytes of its own at which it is recycled; 0 is `memory` and RSS_MARGIN.
     """
-    headroom = RSS_HARD_FACTOR * max(max_rss or memory + RSS_MARGIN, memory)
-    return Limits(before.data + headroom, before.address_space + headroom + TOTAL_MEMORY_MAX)
+    size = headroom(memory, max_rss)
+    return Limits(before.data + size, before.address_space + size + TOTAL_MEMORY_MAX)
+
+
+def headroom(memory: int, max_rss: int) -> int:
+    """Return how much of that is for the contract's data; see `limits`."""
+    return RSS_HARD_FACTOR * max(max_rss or memory + RSS_MARGIN, memory)
+
+
+def is_full(now: Use, most: Limits, heap_left: int) -> bool:
+    """Whether it was the process that had no more memory when Lua could have none, and not the Lua heap.
+
+    Lua asked for no more than was left to its heap, or its own counter would have refused it; and for more than was
+    left to the process. The headroom is twice `memory`, so a heap that is full does not fill the process.
+
+    Args:
+        now: what the process has.
+        most: what it may have.
+        heap_left: bytes that the Lua heap may still take.
+    """
+    return most.data - now.data < heap_left
 
 
 def excess(loaded: Use, max_rss: int) -> str:
