@@ -94,6 +94,17 @@ def test_strings_of_three_mebibytes(svc: Any) -> None:
     assert len(svc.mix(0, {"x": 0.0, "y": 0.0}, text.encode(), 0).blob) == 6 * MIB
 
 
+def test_buffers_are_views_on_request(svc: Any) -> None:
+    data = bytes(range(256)) * 8192  # fetched at first, with room enough at once later
+    viewing = svc.with_options(views=True, timeout=10)
+    for _ in range(2):
+        blob = viewing.mix(0, {"x": 0.0, "y": 0.0}, data, 0).blob
+        assert type(blob) is memoryview
+        assert blob == 2 * data
+    assert type(svc.mix(0, {"x": 0.0, "y": 0.0}, b"", 0).blob) is bytes
+    assert viewing.upper("a") == "A"
+
+
 @given(st.data())
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -433,6 +444,7 @@ def test_async_proxies_are_awaited(bridge: LuaHostBridge, counter: Any) -> None:
             assert await other.with_options(timeout=5.0).add(1) == 1
             text = "x" * (3 * MIB)
             assert await proxy.grow(text) == text
+            assert await proxy.with_options(views=True).grow("") == ""
             with pytest.raises(WorkerCrashed):
                 await proxy.crash()
             with pytest.raises(StaleHandle):

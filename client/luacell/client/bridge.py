@@ -274,7 +274,8 @@ class LuaHostBridge(Bridge):
 
         Returns:
             The proxy. It has an instance of its own, made when it is first called, unless the contract is a singleton.
-            `with_options(timeout=…)` gives one of the same instance whose calls have a timeout.
+            `with_options(timeout=…, views=True)` gives one of the same instance whose calls have a timeout, and whose
+            results have memoryviews in place of bytes.
 
         Raises:
             HostContractNotFound: nothing of that name is registered.

@@ -84,11 +84,18 @@ def destruction(dropped: list[DroppedInstance]) -> tuple[int, int, bytes]:
 
 
 class Steps:
-    """The calls that one typed call takes, for a bridge of either kind."""
+    """The calls that one typed call takes, for a bridge of either kind.
 
-    def __init__(self, shared: Shared, instance: Instance) -> None:
+    Args:
+        shared: of its contract.
+        instance: of its caller.
+        views: whether buffers of the result become memoryviews into it.
+    """
+
+    def __init__(self, shared: Shared, instance: Instance, *, views: bool = False) -> None:
         self._shared = shared
         self._instance = instance
+        self._views = views
 
     def run(self, name: str, marshaller: Marshaller, payload: bytes) -> Any:
         """Yield (function id, args, out size), and be sent the bytes that came; `StopIteration` carries the value."""
@@ -109,7 +116,7 @@ class Steps:
                 raise
             shared.learn(marshaller, name, int(match[1]))
             result = yield fetch_id, _TOKEN.pack(int(match[2])), int(match[1])
-        return marshaller.unpack(result)
+        return marshaller.unpack_views(result) if self._views else marshaller.unpack(result)
 
 
 def drive(steps: Any, call: Callable[[int, bytes, int], bytes]) -> Any:
@@ -155,19 +162,32 @@ class _Proxy:
     """What all proxies have; their classes add a method for each function."""
 
     def __init__(
-        self, shared: Shared, call: Any, timeout: float | None = None, instance: Instance | None = None
+        self,
+        shared: Shared,
+        call: Any,
+        timeout: float | None = None,
+        instance: Instance | None = None,
+        *,
+        views: bool = False,
     ) -> None:
         self.__luacell_shared__ = shared
         self.__luacell_call__ = call
         self.__luacell_timeout__ = timeout
+        self.__luacell_views__ = views
         self.__luacell_instance__ = Instance(shared) if instance is None else instance
         self.__luacell_keeps__: Any = None  # the proxy that this one was made from: its instance must live as long
         if instance is None:
             weakref.finalize(self, self.__luacell_instance__.drop).atexit = False
 
-    def with_options(self, *, timeout: float | None = None) -> Any:
-        """Return a proxy of the same instance whose calls have a timeout, in seconds."""
-        other = type(self)(self.__luacell_shared__, self.__luacell_call__, timeout, self.__luacell_instance__)
+    def with_options(self, *, timeout: float | None = None, views: bool = False) -> Any:
+        """Return a proxy of the same instance with other options; those that are not given are the usual ones.
+
+        Args:
+            timeout: of its calls, in seconds; None is the contract's deadline.
+            views: whether buffers of results are memoryviews into what came, without a copy of each, in place of bytes.
+        """
+        shared, call, instance = self.__luacell_shared__, self.__luacell_call__, self.__luacell_instance__
+        other = type(self)(shared, call, timeout, instance, views=views)
         other.__luacell_keeps__ = self
         return other
 
@@ -221,7 +241,8 @@ def _method(name: str, marshaller: Marshaller) -> Callable[..., Any]:
         names = [each.name for each in shared.description.contract.functions[marshaller.fn_id].params] if named else []
         payload = marshaller.pack(_arguments(names, given, named, marshaller.title))
         contract_id, call, timeout = shared.description.contract_id, self.__luacell_call__, self.__luacell_timeout__
-        steps = Steps(shared, self.__luacell_instance__).run(name, marshaller, payload)
+        views = self.__luacell_views__
+        steps = Steps(shared, self.__luacell_instance__, views=views).run(name, marshaller, payload)
         return drive(steps, lambda fn_id, args, out_size: call(contract_id, fn_id, args, out_size, timeout))
 
     return method
@@ -233,7 +254,8 @@ def _async_method(name: str, marshaller: Marshaller) -> Callable[..., Any]:
         names = [each.name for each in shared.description.contract.functions[marshaller.fn_id].params] if named else []
         payload = marshaller.pack(_arguments(names, given, named, marshaller.title))
         contract_id, call, timeout = shared.description.contract_id, self.__luacell_call__, self.__luacell_timeout__
-        steps = Steps(shared, self.__luacell_instance__).run(name, marshaller, payload)
+        views = self.__luacell_views__
+        steps = Steps(shared, self.__luacell_instance__, views=views).run(name, marshaller, payload)
         return await _drive_async(
             steps, lambda fn_id, args, out_size: call(contract_id, fn_id, args, out_size, timeout)
         )
