@@ -2,18 +2,26 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from luacell.broker.windows import WINDOW_MAX
 from luacell.client import AbiErrorCode, LuaFunction, LuaHostBridge
-from luacell.protocol.errors import Quarantined
+from luacell.protocol.errors import Quarantined, WorkerCrashed
 from tests.support.contracts import CRASHED, DOUBLE, HEALTHY, PROBE, answers, deploy, failure, function
+from tests.support.processes import Process
 from tests.support.serving import Serving
-from tests.support.waiting import eventually
+from tests.support.typed_contracts import deploy_typed
+from tests.support.waiting import LIMIT_S, eventually
 
 CRASHES = 5
 CRASHER = function("""
@@ -21,6 +29,31 @@ CRASHER = function("""
   out[0] = 7
 """)
 BAD, GOOD = b"\x01", b"\x00"
+SEATS = "host.seats@1"
+PID, CRASH = range(2)
+SEATS_API = """
+[[host_contract]]
+name = "host.seats"
+version = "1.0.0"
+[[host_contract.functions]]
+name = "pid"
+return = "u32"
+[[host_contract.functions]]
+name = "crash"
+[[host_contract.functions]]
+name = "spin"
+"""
+SEATS_LUA = """
+local ffi = require("ffi")
+ffi.cdef "int getpid(void);"
+local Seats = {}
+Seats.__index = Seats
+function Seats.new() return setmetatable({}, Seats) end
+function Seats:pid() return ffi.C.getpid() end
+function Seats:crash() ffi.cast("int *", 0)[0] = 1 end
+function Seats:spin() while true do end end
+return Seats
+"""
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +127,29 @@ def test_p12_two_hosts_that_crash_it_stop_the_contract_for_all(service: Serving,
             assert each.call(PROBE, 0, GOOD, 1) == b"\x07"
 
 
+def test_p12_what_waits_in_another_seat_of_a_typed_contract_rests_at_once(
+    bridge: LuaHostBridge, tmp_path: Path
+) -> None:
+    proxies = [
+        deploy_typed(bridge, tmp_path, SEATS_API, SEATS_LUA, workers=2, deadline="20s"),
+        bridge.contract("host.seats"),
+    ]
+    (crashing,) = struct.unpack("<I", bridge.call(SEATS, PID, None, 4))  # the seat of this host's default instance
+    (busy,) = [proxy.with_options(timeout=LIMIT_S) for proxy in proxies if proxy.pid() != crashing]
+    with closing(Process(busy.pid())) as worker, ThreadPoolExecutor(2 + WINDOW_MAX) as pool:
+        running = pool.submit(busy.spin)
+        eventually(lambda: pool_of(bridge, SEATS)["busy"] == 1, "one seat is busy")
+        waiting = [pool.submit(busy.pid) for _ in range(1 + WINDOW_MAX)]
+        queued = eventually(lambda: pool_of(bridge, SEATS)["queued"], "what its worker does not hold ahead waits")
+        for _ in range(CRASHES):
+            assert failure(bridge, SEATS, CRASH, args=None).code is CRASHED
+        eventually(lambda: sum(each.done() for each in waiting) >= queued, "what waits is answered")
+        assert not running.done(), "and not for its deadline"
+        assert {type(each.exception()) for each in waiting if each.done()} == {Quarantined}
+        worker.kill()
+        assert isinstance(running.exception(LIMIT_S), WorkerCrashed)
+
+
 def test_p12_kills_from_outside_never_count(bridge: LuaHostBridge) -> None:
     for _ in range(2 * CRASHES):
         assert bridge.call(PROBE, 0, GOOD, 1) == b"\x07"
@@ -115,6 +171,10 @@ def test_the_shell_revives(service: Serving, bridge: LuaHostBridge) -> None:
     told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     assert told.stdout == f"{PROBE} revived\n"
     assert bridge.call(PROBE, 0, GOOD, 1) == b"\x07"
+
+
+def pool_of(bridge: LuaHostBridge, contract: str) -> dict[str, Any]:
+    return next(pool for pool in bridge.health()["pools"] if pool["contract"] == contract)
 
 
 def _is_gone(bridge: LuaHostBridge, pid: int) -> bool:
