@@ -436,6 +436,19 @@ def test_async_bridge_describes_and_destroys_dropped_instances(bridge: LuaHostBr
     asyncio.run(main())
 
 
+def test_a_crowd_of_calls_whose_results_do_not_fit_runs_once_each(bridge: LuaHostBridge, counter: Any) -> None:
+    async def main() -> None:
+        async with await AsyncLuaHostBridge.connect(run_directory(broker_pid(bridge))) as mine:
+            proxy = await mine.contract("host.counter")
+            texts = [
+                "x" * (2000 + 200 * number) for number in range(100)
+            ]  # none is learned of before all are on the way
+            assert await asyncio.gather(*map(proxy.grow, texts)) == texts
+            assert await proxy.add(0) == len(texts)
+
+    asyncio.run(main())
+
+
 def test_async_proxies_are_awaited(bridge: LuaHostBridge, counter: Any) -> None:
     async def main() -> None:
         async with await AsyncLuaHostBridge.connect(run_directory(broker_pid(bridge))) as mine:

@@ -299,21 +299,46 @@ def test_large_result_is_kept_and_fetched_once() -> None:
     assert raised.value.code is AbiErrorCode.STALE_HANDLE
 
 
+def fetched(made: InProcess, size: int, token: int, arena: int = ARENA) -> bool:
+    try:
+        return len(made.raw(FETCH, struct.pack("<Q", token), size, arena)) == size
+    except Failed as error:
+        assert error.code is AbiErrorCode.STALE_HANDLE
+        assert "no longer kept" in str(error)
+        return False
+
+
 def test_kept_results_are_bounded_and_belong_to_their_host() -> None:
     made = echo("StringView")
     made.map(ARENA + 1)
     size, first = kept(made)
-    with pytest.raises(Failed, match="no longer kept"):
-        made.raw(FETCH, struct.pack("<Q", first), size, ARENA + 1)
-    others = [kept(made, ARENA + 1)[1] for _ in range(16)]
-    with pytest.raises(Failed, match="no longer kept"):
-        made.raw(FETCH, struct.pack("<Q", first), size)
+    assert not fetched(made, size, first, ARENA + 1)
+    others = [kept(made, ARENA + 1)[1] for _ in range(1025)]
+    assert [fetched(made, size, token, ARENA + 1) for token in others[:2]] == [False, True]
+    assert fetched(made, size, first), "a host that leaves its results alone takes none of another's"
     made.vm.remove_pair(ARENA + 1, 0)
     made.vm.forget(ARENA + 1)
     made.map(ARENA + 1)
-    with pytest.raises(Failed, match="no longer kept"):
-        made.raw(FETCH, struct.pack("<Q", others[-1]), size, ARENA + 1)
+    assert not fetched(made, size, others[-1], ARENA + 1)
     assert made.call("run", "fits") == "fits"
+
+
+def test_kept_results_have_half_of_the_contracts_memory() -> None:
+    grow = "local T = {}\nfunction T:run(n) return ('x'):rep(n) end\nreturn T"
+    made = InProcess(one("StringView", "u32"), grow, room=256 * 1024)
+    made.map(ARENA + 1)
+    made.vm._typed.limit_memory(512 * 1024)
+
+    def keep(size: int, arena: int = ARENA) -> int:
+        with pytest.raises(Failed, match=f"result of {size + 16} bytes is kept as") as raised:
+            made.raw(0, struct.pack("<I", size), 16, arena)
+        return int(str(raised.value).split()[-1])
+
+    foreign, *mine = keep(100_000, ARENA + 1), keep(100_000), keep(100_000)
+    assert [fetched(made, 100_016, token) for token in mine] == [False, True], "its own oldest goes first"
+    assert fetched(made, 100_016, foreign, ARENA + 1)
+    foreign, alone = keep(200_000, ARENA + 1), keep(200_000)
+    assert [fetched(made, 200_016, alone), fetched(made, 200_016, foreign, ARENA + 1)] == [True, False]
 
 
 # -- instances ----

@@ -112,6 +112,8 @@ class Vm:
         strip = self._chunk("untrusted.lua", self._runtime) if sandbox == UNTRUSTED else None
         raw = None if raw_binding is None or strip is not None else lambda: raw_binding().encode()
         typed = self._typed = None if binding is None else self._chunk("typed.lua", self._runtime)
+        if typed is not None:
+            typed.limit_memory(memory)
         self._lua.set_max_memory(memory)
         try:
             text = None if binding is None else binding.encode()

@@ -25,8 +25,8 @@ local byte_pointer, address_of = ffi.typeof("uint8_t *"), ffi.typeof("uintptr_t"
 local EXACT = 2 ^ 53 -- integers up to here are exact as numbers
 local BUFFER_TOO_SMALL, STALE_HANDLE, FUNCTION_NOT_AVAILABLE = 2, 5, 6
 local PAYLOAD_MAX = 64 * 1024 * 1024 -- bytes of a result, as of arguments
-local KEPT_MAX = 16 -- results that wait to be fetched
-local KEPT_BYTES_MAX = PAYLOAD_MAX -- and their bytes
+local KEPT_MAX = 1024 -- results of one host that wait to be fetched: as many calls as it may have in flight
+local KEPT_SHARE = 0.5 -- of the contract's memory, for all that wait
 local INSTANCES_MAX = 100000
 local IN_INSTANCE = 0x80000000 -- of a function id: the payload begins with the number of an instance
 local FUNCTION_MASK = 0xFFFF -- of such an id: the function; bits between the two are the broker's
@@ -260,12 +260,25 @@ function typed.close(place)
 end
 
 -- -- results that did not fit ------------------------------------------------------------------------------------
-local kept, kept_order, kept_bytes, last_token = {}, {}, 0, 0
+local kept, kept_order, kept_counts, kept_bytes, last_token = {}, {}, {}, 0, 0
+local kept_bytes_max = 0
 
-local function forget_oldest()
-  local token = remove_at(kept_order, 1)
-  kept_bytes = kept_bytes - kept[token].size
+function typed.limit_memory(size) kept_bytes_max = KEPT_SHARE * size end
+
+local function forget_at(index)
+  local token = remove_at(kept_order, index)
+  local result = kept[token]
   kept[token] = nil
+  kept_bytes = kept_bytes - result.size
+  kept_counts[result.arena] = kept_counts[result.arena] - 1
+end
+
+-- Forget the oldest of a host, but not its newest; where it has no other, the oldest of all.
+local function forget_one(arena)
+  for index = 1, #kept_order - 1 do
+    if kept[kept_order[index]].arena == arena then return forget_at(index) end
+  end
+  forget_at(1)
 end
 
 -- Give a result to its caller, or keep it and tell where it is. Returns the bytes that were written.
@@ -282,22 +295,23 @@ function typed.deliver(arena, out, out_size, tail, fixed, fixed_size, what)
   kept[last_token] = { arena = arena, memory = memory, size = size }
   kept_order[#kept_order + 1] = last_token
   kept_bytes = kept_bytes + size
-  while #kept_order > 1 and (#kept_order > KEPT_MAX or kept_bytes > KEPT_BYTES_MAX) do forget_oldest() end
+  kept_counts[arena] = (kept_counts[arena] or 0) + 1
+  while kept_counts[arena] > KEPT_MAX or (kept_bytes > kept_bytes_max and #kept_order > 1) do forget_one(arena) end
   fail(BUFFER_TOO_SMALL, format("result of %d bytes is kept as %d", size, last_token))
 end
+
+local LOST = "the result is no longer kept: too many others wait for their callers, or they are too large for its memory"
 
 local function fetch(arena, payload, args_size, out, out_size)
   if args_size < 8 then error("a fetch names its result by 8 bytes", 0) end
   local token = tonumber(cast(words_pointer, payload)[0])
   local result = kept[token]
-  if not result or result.arena ~= arena then fail(STALE_HANDLE, "the result is no longer kept") end
+  if not result or result.arena ~= arena then fail(STALE_HANDLE, LOST) end
   if result.size > out_size then fail(BUFFER_TOO_SMALL, format("result of %d bytes is kept as %d", result.size, token)) end
   copy(out, result.memory, result.size)
-  kept[token] = nil
-  kept_bytes = kept_bytes - result.size
   for index = 1, #kept_order do
     if kept_order[index] == token then
-      remove_at(kept_order, index)
+      forget_at(index)
       break
     end
   end
@@ -350,13 +364,9 @@ end
 -- A host is gone: so are its instances, and the results that it did not fetch.
 function typed.forget(arena)
   for index = #kept_order, 1, -1 do
-    local token = kept_order[index]
-    if kept[token].arena == arena then
-      kept_bytes = kept_bytes - kept[token].size
-      kept[token] = nil
-      remove_at(kept_order, index)
-    end
+    if kept[kept_order[index]].arena == arena then forget_at(index) end
   end
+  kept_counts[arena] = nil
   local mine = instances[arena]
   if not mine then return end
   instances[arena] = nil
