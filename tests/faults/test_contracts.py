@@ -224,6 +224,23 @@ def test_c30_vm_that_c_left_no_memory_is_out_of_memory(bridge: LuaHostBridge, co
     assert serves(bridge)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param("local t = {} for n = 1, 1e6 do t[n] = { n } end", id="tables"),
+        pytest.param("local s = ('x'):rep(1e6)", id="a string"),
+        pytest.param("local sum = 0 for n = 1, 1e6 do sum = sum + n end", id="machine code"),
+    ],
+)
+def test_c30_vm_that_c_left_no_page_is_out_of_memory(bridge: LuaHostBridge, contract: Thrower, body: str) -> None:
+    page = MAP.format(flags=0x22).replace("2^20", "4096")
+    fill(bridge, contract, f"while ffi.C.malloc(2^20) ~= nil do end while {page} ~= {FAILED} do end {body}")
+    error = failure(bridge, PROBE, 1)
+    assert isinstance(error, OutOfMemory)
+    assert error.limit == "process memory 128 MiB"
+    assert serves(bridge)
+
+
 @pytest.mark.parametrize("flags", [0x21, 0x122], ids=["shared", "growing"])
 def test_c30_memory_that_no_limit_counts_is_refused(bridge: LuaHostBridge, contract: Thrower, flags: int) -> None:
     fill(

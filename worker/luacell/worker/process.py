@@ -60,6 +60,9 @@ _RECORD_SIZE: Final = headers.EXECUTE.size
 _POSITION_MASK: Final = (1 << SLOT_SHIFT) - 1
 
 
+_PANIC: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)  # lua_CFunction
+
+
 class _ManySingletons(Exception):
     """A contract of one instance is to have several workers."""
 
@@ -107,6 +110,8 @@ class WorkerProcess:
         self._reply_address = ctypes.addressof(self._reply) + _FRAME_HEAD
         self._inbox = mmap.mmap(-1, _INBOX_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._vm = Vm(ctypes.addressof(self._records), self._reply_address + headers.PREAMBLE_SIZE)
+        self._panic = _PANIC(self._end_without_memory)  # LuaJIT calls it, so it must live as long
+        self._vm.set_panic(ctypes.cast(self._panic, ctypes.c_void_p).value)
         self._stream = connect_stream(broker_socket, routing_id, CONNECT_LIMIT_S)
         self._loop = self._make_loop()
 
@@ -134,6 +139,13 @@ class WorkerProcess:
             except OutOfLuaMemory:
                 self._answer_out_of_memory()
                 _await_death()
+
+    def _end_without_memory(self, _state: int) -> int:
+        """Answer the running call before LuaJIT ends the process, which has no memory left for machine code."""
+        if self._progress.position < self._progress.count:
+            self._answer_out_of_memory()
+            _await_death()
+        return 0
 
     def _make_loop(self) -> Any:
         """Return the loop that runs inside LuaJIT; its buffers are ours."""

@@ -55,6 +55,7 @@ class Vm:
         self.add_pair: Any = self._runtime.add_pair
         self.remove_pair: Any = self._runtime.remove_pair
         self.forget: Any = self._runtime.forget
+        self.set_panic: Any = self._runtime.set_panic
         self.limit_memory: Any = self._runtime.limit_memory
         self.limit_wear: Any = self._runtime.limit_wear
         self._typed: Any = None

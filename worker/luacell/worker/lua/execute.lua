@@ -11,7 +11,7 @@ local cast, copy, fill, C = ffi.cast, ffi.copy, ffi.fill, ffi.C
 local band, rshift = bit.band, bit.rshift
 local xpcall, pcall, type, tostring, tonumber, error = xpcall, pcall, type, tostring, tonumber, error
 local sub, find, traceback, floor, stderr = string.sub, string.find, debug.traceback, math.floor, io.stderr
-local min, max = math.min, math.max
+local min, max, format, create = math.min, math.max, string.format, coroutine.create
 local setmetatable, collectgarbage = setmetatable, collectgarbage
 
 ffi.cdef [[
@@ -29,6 +29,7 @@ int luacell_clock(int, luacell_timespec *) __asm__("clock_gettime");
 int luacell_timer(int, const luacell_itimer *, void *) __asm__("setitimer");
 int luacell_lock(luacell_mutex *) __asm__("pthread_mutex_lock");
 int luacell_unlock(luacell_mutex *) __asm__("pthread_mutex_unlock");
+void *luacell_at_panic(void *, void *) __asm__("lua_atpanic");
 int64_t luacell_read_at(int, void *, size_t, int64_t) __asm__("pread");
 ]]
 
@@ -351,6 +352,11 @@ return {
   end,
   -- Bound how long this process is used: calls, 0 for no bound; pages, 0 likewise, as a descriptor tells them.
   limit_wear = function(calls, pages, descriptor) max_calls, max_pages, statm = calls, pages, descriptor end,
+  -- Have a function of C called before LuaJIT ends the process: it does where it cannot make machine code writable again.
+  set_panic = function(address)
+    local state = tonumber(format("%p", create(type))) -- of any coroutine: they share what is set
+    C.luacell_at_panic(cast("void *", cast("uintptr_t", state)), cast("void *", cast("uintptr_t", address)))
+  end,
   -- Tell what memory there is: bytes of Lua beyond what it has now, bytes of data of the process, bytes of a page.
   limit_memory = function(lua, data, page)
     heap_max, data_max, page_size = lua + collectgarbage("count") * 1024, data, page
