@@ -208,3 +208,21 @@ def test_functions_may_have_any_name(worker: Worker) -> None:
     proxy = make_proxy(odd.shared, lambda *request: struct.pack("<d", 7.5))
     assert dir(proxy) == sorted(names)
     assert [getattr(proxy, name)() for name in names] == [7.5] * len(names)
+
+
+def test_methods_say_what_the_description_says() -> None:
+    told = Worker("""
+[[host_contract]]
+name = "host.svc"
+version = "1"
+[[host_contract.functions]]
+name = "scale"
+docs = "Scale a value."
+params = [{ name = "k", type = "u8", docs = "by what" }, { name = "v", type = "f64" }]
+return = { type = "f64", docs = "the product" }
+[[host_contract.functions]]
+name = "quiet"
+""")
+    methods = type(make_proxy(told.shared, told))
+    assert methods.scale.__doc__ == "Scale a value.\n\nArgs:\n    k: by what\n\nReturns:\n    the product"
+    assert methods.quiet.__doc__ is None

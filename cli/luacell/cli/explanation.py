@@ -107,13 +107,13 @@ def lua_signature(function: Function) -> str:
 def lua_type(type_: ValueType) -> str:
     """Say what a value is in Lua."""
     if isinstance(type_, Scalar):
-        wide = {"u64": "uint64_t cdata", "i64": "int64_t cdata"}
+        wide = {"u64": "number or uint64_t", "i64": "number or int64_t"}  # cdata where a number is not exact
         return "boolean" if type_.kind == "bool" else wide.get(type_.name, "number")
     if isinstance(type_, StringView | Buffer):
         return "string"
     if isinstance(type_, Array):
         return f"{{{lua_type(type_.item)}, ...}}"
-    return "uint64_t cdata" if isinstance(type_, Ptr) else type_.name
+    return "uint64_t" if isinstance(type_, Ptr) else type_.name
 
 
 def python_signature(function: Function) -> str:

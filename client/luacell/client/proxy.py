@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from luacell.client.description import DroppedInstance, Shared
 from luacell.client.typed.marshaller import Marshaller
+from luacell.protocol.api import Function
 from luacell.protocol.errors import BufferTooSmall, CallError
 from luacell.protocol.limits import PAYLOAD_MAX
 from luacell.protocol.messages import CREATE, DESTROY, FETCH, IN_INSTANCE, SEAT_SHIFT
@@ -208,7 +209,7 @@ def _proxy_class(shared: Shared, *, is_async: bool) -> type[Any]:
     for function in description.contract.functions:
         method = methods[function.name]
         method.__name__ = function.name
-        method.__doc__ = function.docs or None
+        method.__doc__ = _docstring(function)
         parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
         parameters += [
             inspect.Parameter(
@@ -220,6 +221,17 @@ def _proxy_class(shared: Shared, *, is_async: bool) -> type[Any]:
         method.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
     name = description.contract.name.rpartition(".")[2]
     return type(f"{name}_proxy", (_Proxy,), {**methods, "__doc__": description.contract.docs or None})
+
+
+def _docstring(function: Function) -> str | None:
+    """Return what the description says of a function, its parameters and its result; None where it says nothing."""
+    params = "\n".join(f"    {param.name}: {param.docs}" for param in function.params if param.docs)
+    parts = (
+        function.docs,
+        params and f"Args:\n{params}",
+        function.result_docs and f"Returns:\n    {function.result_docs}",
+    )
+    return "\n\n".join(filter(None, parts)) or None
 
 
 def _arguments(signature: list[str], given: tuple[Any, ...], named: dict[str, Any], title: str) -> tuple[Any, ...]:
