@@ -58,11 +58,6 @@ def store() -> Iterator[HeldStore]:
 
 
 @pytest.fixture
-def inbox() -> SimpleQueue[Callable[[], None]]:
-    return SimpleQueue()
-
-
-@pytest.fixture
 def keeper(store: HeldStore, inbox: SimpleQueue[Callable[[], None]]) -> Iterator[CrashKeeper]:
     keeper = CrashKeeper(cast(CrashStore, store), read_args, inbox.put)
     yield keeper

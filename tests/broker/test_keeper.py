@@ -57,11 +57,6 @@ def store() -> Iterator[HeldStore]:
 
 
 @pytest.fixture
-def inbox() -> SimpleQueue[Callable[[], None]]:
-    return SimpleQueue()
-
-
-@pytest.fixture
 def keeper(store: HeldStore, inbox: SimpleQueue[Callable[[], None]]) -> Iterator[Keeper]:
     keeper = Keeper(cast(RegistryStore, store), inbox.put)
     keeper.start()

@@ -28,14 +28,6 @@ DEADLY = function("""
 
 
 @pytest.fixture
-def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    path = tmp_path_factory.mktemp("d") / "run"
-    path.mkdir(mode=0o700)
-    with Serving(path, log_level="info") as serving:
-        yield serving
-
-
-@pytest.fixture
 def bridge(serving: Serving) -> Iterator[LuaHostBridge]:
     with LuaHostBridge.connect(serving.run_directory) as bridge:
         yield bridge

@@ -41,15 +41,9 @@ return function() end
 PRINTING = function("for number = 1, 100 do io.stdout:write(string.rep('x', 99), '\\n') end")
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    with Serving(tmp_path_factory.mktemp("run"), log_level="info") as serving:
-        yield serving
-
-
 @pytest.fixture
-def bridge(service: Serving) -> Iterator[LuaHostBridge]:
-    with LuaHostBridge.connect(service.run_directory) as bridge:
+def bridge(shared_serving: Serving) -> Iterator[LuaHostBridge]:
+    with LuaHostBridge.connect(shared_serving.run_directory) as bridge:
         yield bridge
         unregister_all(bridge)
 
@@ -79,7 +73,7 @@ def test_the_queue_of_a_contract_is_bounded(bridge: LuaHostBridge) -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("max_output", "1KiB"), ("max_log_lines", 1)])
 def test_what_a_contract_prints_beyond_its_limit_is_cut_and_counted(
-    service: Serving, bridge: LuaHostBridge, key: str, value: str | int
+    shared_serving: Serving, bridge: LuaHostBridge, key: str, value: str | int
 ) -> None:
     name = f"host.{key}@1"
     deploy(bridge, PRINTING, name, **{key: value})
@@ -87,7 +81,7 @@ def test_what_a_contract_prints_beyond_its_limit_is_cut_and_counted(
         bridge.call(name, 0)
 
     def told() -> tuple[int, int]:
-        records = service.records("contract output", contract=name)
+        records = shared_serving.records("contract output", contract=name)
         return sum(len(each["text"]) for each in records), sum(each.get("cut", 0) for each in records)
 
     eventually(lambda: sum(told()) == 20_000, "all of it is told, or counted")
@@ -135,11 +129,11 @@ def test_contract_that_is_at_max_rss_once_it_has_loaded_is_refused(bridge: LuaHo
     bridge.call(PROBE, 0)
 
 
-def test_memory_that_only_loading_took_does_not_count(service: Serving, bridge: LuaHostBridge) -> None:
+def test_memory_that_only_loading_took_does_not_count(shared_serving: Serving, bridge: LuaHostBridge) -> None:
     name = "host.tidy@1"
     deploy(
         bridge, "local made = {} for n = 1, 1e6 do made[n] = { n } end\n" + ECHO, name, memory="512MiB", max_rss="64MiB"
     )
     for _ in range(200):
         bridge.call(name, 1, b"x", 1)
-    assert service.records("worker recycled", contract=name) == []
+    assert shared_serving.records("worker recycled", contract=name) == []

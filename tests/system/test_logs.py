@@ -23,14 +23,6 @@ C = 'local ffi = require("ffi")\nffi.cdef[[long write(int, const char *, size_t)
 
 
 @pytest.fixture
-def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    path = tmp_path_factory.mktemp("l") / "run"
-    path.mkdir(mode=0o700)
-    with Serving(path, log_level="debug") as serving:
-        yield serving
-
-
-@pytest.fixture
 def bridge(serving: Serving) -> Iterator[LuaHostBridge]:
     with LuaHostBridge.connect(serving.run_directory) as bridge:
         yield bridge

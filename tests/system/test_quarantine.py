@@ -56,15 +56,9 @@ return Seats
 """
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    with Serving(tmp_path_factory.mktemp("run")) as serving:
-        yield serving
-
-
 @pytest.fixture
-def bridge(service: Serving) -> Iterator[LuaHostBridge]:
-    with LuaHostBridge.connect(service.run_directory) as bridge:
+def bridge(shared_serving: Serving) -> Iterator[LuaHostBridge]:
+    with LuaHostBridge.connect(shared_serving.run_directory) as bridge:
         deploy(bridge, CRASHER)
         deploy(bridge, DOUBLE, HEALTHY)
         yield bridge
@@ -78,7 +72,7 @@ def crash(bridge: LuaHostBridge, times: int = CRASHES) -> None:
 
 
 def test_p12_the_fifth_crash_quarantines_the_contract_for_its_host_alone(
-    service: Serving, bridge: LuaHostBridge
+    shared_serving: Serving, bridge: LuaHostBridge
 ) -> None:
     crash(bridge)
     resting = failure(bridge, PROBE, args=GOOD, out_size=1)
@@ -91,7 +85,7 @@ def test_p12_the_fifth_crash_quarantines_the_contract_for_its_host_alone(
     assert answers(bridge, HEALTHY)
     (row,) = bridge.health()["quarantined"]
     assert (row["contract"], row["why"]) == (PROBE, "crashes")
-    with LuaHostBridge.connect(service.run_directory) as other:
+    with LuaHostBridge.connect(shared_serving.run_directory) as other:
         assert other.call(PROBE, 0, GOOD, 1) == b"\x07"
 
 
@@ -112,11 +106,11 @@ def test_p12_a_trial_that_crashes_doubles_the_back_off(bridge: LuaHostBridge) ->
     assert 1 < resting.retry_after <= 2
 
 
-def test_p12_two_hosts_that_crash_it_stop_the_contract_for_all(service: Serving, bridge: LuaHostBridge) -> None:
+def test_p12_two_hosts_that_crash_it_stop_the_contract_for_all(shared_serving: Serving, bridge: LuaHostBridge) -> None:
     crash(bridge)
     with (
-        LuaHostBridge.connect(service.run_directory) as second,
-        LuaHostBridge.connect(service.run_directory) as third,
+        LuaHostBridge.connect(shared_serving.run_directory) as second,
+        LuaHostBridge.connect(shared_serving.run_directory) as third,
     ):
         crash(second)
         assert failure(third, PROBE, args=GOOD, out_size=1).code is AbiErrorCode.QUARANTINED
@@ -165,9 +159,9 @@ def test_another_source_ends_the_quarantine(bridge: LuaHostBridge) -> None:
     assert bridge.call(PROBE, 0, GOOD, 1) == b"\x07"
 
 
-def test_the_shell_revives(service: Serving, bridge: LuaHostBridge) -> None:
+def test_the_shell_revives(shared_serving: Serving, bridge: LuaHostBridge) -> None:
     crash(bridge)
-    command = [sys.executable, "-m", "luacell.cli", "revive", PROBE, "--endpoint", str(service.run_directory)]
+    command = [sys.executable, "-m", "luacell.cli", "revive", PROBE, "--endpoint", str(shared_serving.run_directory)]
     told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     assert told.stdout == f"{PROBE} revived\n"
     assert bridge.call(PROBE, 0, GOOD, 1) == b"\x07"

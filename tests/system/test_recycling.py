@@ -26,15 +26,9 @@ return Counter
 RSS = 64 << 20
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    with Serving(tmp_path_factory.mktemp("run"), log_level="info") as serving:
-        yield serving
-
-
 @pytest.fixture
-def bridge(service: Serving) -> Iterator[LuaHostBridge]:
-    with LuaHostBridge.connect(service.run_directory) as bridge:
+def bridge(shared_serving: Serving) -> Iterator[LuaHostBridge]:
+    with LuaHostBridge.connect(shared_serving.run_directory) as bridge:
         yield bridge
         unregister_all(bridge)
 
@@ -43,7 +37,7 @@ def count(bridge: LuaHostBridge, name: str = PROBE) -> int:
     return int.from_bytes(bridge.call(name, 0, b"", 4), "little")
 
 
-def test_p14_recycling_under_load_fails_no_call(service: Serving, bridge: LuaHostBridge) -> None:
+def test_p14_recycling_under_load_fails_no_call(shared_serving: Serving, bridge: LuaHostBridge) -> None:
     name = "host.often@1"
     deploy(bridge, COUNTER, name, max_calls=50, stateless=True)
     highest, began = 0, time.monotonic()
@@ -53,45 +47,45 @@ def test_p14_recycling_under_load_fails_no_call(service: Serving, bridge: LuaHos
         pause = began + number / 400 - time.monotonic()
         if pause > 0:
             threading.Event().wait(pause)
-    eventually(lambda: len(service.records("worker recycled", contract=name)) >= 6, "workers are recycled")
+    eventually(lambda: len(shared_serving.records("worker recycled", contract=name)) >= 6, "workers are recycled")
     assert 50 <= highest <= 80
-    records = service.records("worker recycled", contract=name)
+    records = shared_serving.records("worker recycled", contract=name)
     assert {each["limit"] for each in records} == {"max_calls 50"}
 
 
 @pytest.mark.parametrize("sandbox", ["default", "hardened"])
 def test_c98_contract_that_leaks_through_ffi_is_recycled_at_its_memory(
-    service: Serving, bridge: LuaHostBridge, sandbox: str
+    shared_serving: Serving, bridge: LuaHostBridge, sandbox: str
 ) -> None:
     """10 KB a call for 7,000 calls are 72 MB: more than one worker's share, less than two's."""
     name = f"host.leak_{sandbox}@1"
     deploy(bridge, LEAK, name, max_rss=f"{RSS >> 20}MiB", stateless=True, sandbox=sandbox)
     for _ in range(7_000):
         bridge.call(name, LEAKED)
-    records = service.records("worker recycled", contract=name)
+    records = shared_serving.records("worker recycled", contract=name)
     assert [each["limit"] for each in records] == ["max_rss"]
     leaked = records[0]["served"] * LEAKED
     assert 0.65 * RSS < leaked < RSS  # a fresh worker has some 15 MiB of its own
 
 
-def test_worker_at_twice_its_memory_is_not_used_again(service: Serving, bridge: LuaHostBridge) -> None:
+def test_worker_at_twice_its_memory_is_not_used_again(shared_serving: Serving, bridge: LuaHostBridge) -> None:
     name = "host.glutton@1"
     deploy(bridge, LEAK, name, max_rss="64MiB", sandbox="hardened")
     bridge.call(name, 2 * RSS)
     bridge.call(name, 0)
     eventually(
-        lambda: any("max_rss" in each["verdict"] for each in service.records("worker died", contract=name)),
+        lambda: any("max_rss" in each["verdict"] for each in shared_serving.records("worker died", contract=name)),
         "the worker is dead, and it is said why",
     )
 
 
-def test_p13_crash_storm_has_a_pace_and_others_are_served(service: Serving, bridge: LuaHostBridge) -> None:
+def test_p13_crash_storm_has_a_pace_and_others_are_served(shared_serving: Serving, bridge: LuaHostBridge) -> None:
     names = [f"host.storm{number}@1" for number in range(100)]
     bridge.register_host_contract(HEALTHY, LuaFunction(DOUBLE))
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda name: bridge.register_host_contract(name, LuaFunction(COUNTER)), names))
         assert answers(bridge, HEALTHY)
-        before, began = len(service.records("worker died")), time.monotonic()
+        before, began = len(shared_serving.records("worker died")), time.monotonic()
         storm = [pool.submit(bridge.call, name, 1, timeout=20) for _ in range(2) for name in names]
         number = 0
         while not all(each.done() for each in storm):
@@ -99,7 +93,7 @@ def test_p13_crash_storm_has_a_pace_and_others_are_served(service: Serving, brid
             number += 1
         took = time.monotonic() - began
     assert {type(each.exception()) for each in storm} <= {WorkerCrashed, Busy}
-    deaths = len(service.records("worker died")) - before
+    deaths = len(shared_serving.records("worker died")) - before
     assert deaths <= 2 * len(names)
     assert len(storm) - len(names) - 100 <= RATE * took, "100 had a worker, 100 starts are free, the others have a pace"
     for name in names:
@@ -107,10 +101,10 @@ def test_p13_crash_storm_has_a_pace_and_others_are_served(service: Serving, brid
 
 
 def test_singleton_that_is_recycled_goes_on_where_it_was(
-    service: Serving, bridge: LuaHostBridge, tmp_path: Path
+    shared_serving: Serving, bridge: LuaHostBridge, tmp_path: Path
 ) -> None:
     counter = deploy_typed(bridge, tmp_path, counter_api(singleton=True), SAVING_LUA, max_calls=10)
     with ThreadPoolExecutor(3) as pool:
         counts = list(pool.map(counter.add, [1] * 300))
     assert sorted(counts) == list(range(1, 301))
-    eventually(lambda: service.records("state carried over"), "it was recycled")
+    eventually(lambda: shared_serving.records("state carried over"), "it was recycled")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,6 @@ return Counter
 """,
 )
 SAVES, RESTORES = "return tostring(self.n)", "self.n = assert(tonumber(text))"
-
-
-@pytest.fixture
-def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    path = tmp_path_factory.mktemp("l") / "run"
-    path.mkdir(mode=0o700)
-    with Serving(path, log_level="info") as serving:
-        yield serving
 
 
 def keep(bridge: LuaHostBridge, directory: Path, source: str = SAVING_LUA) -> Any:
