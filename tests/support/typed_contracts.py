@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from luacell.client import LuaHostBridge
-from luacell.protocol.api import parse
+from luacell.protocol.api import FunctionLayout, parse
 
 SVC_LUA: Final = """
 local Svc = {}
@@ -115,6 +115,25 @@ def echoes(text: str) -> str:
         result = f"return {found[0]}" if found else ""
         lines.append(f"function Echo:{function.name}({', '.join(names)}) {result} end")
     return "\n".join([*lines, "return Echo"])
+
+
+def raw_echoes(text: str) -> str:
+    """Return a raw function that returns the first argument of the result's type, by copying its memory."""
+    moves = []
+    for function in parse(text, "api.toml").host_contracts[0].functions:
+        layout = FunctionLayout.of(function)
+        for index, param in enumerate(function.params):
+            if param.type == function.result and layout.args is not None and layout.result is not None:
+                offset = layout.args.offsets[index] if len(function.params) > 1 else 0
+                moves.append(f"[{function.id}] = {{ {offset}, {layout.result.size} }}")
+                break
+    return f"""
+local ffi = require("ffi")
+local moves = {{ {", ".join(moves)} }}
+return function(fn_id, args, out)
+  local move = moves[fn_id]
+  if move then ffi.copy(out, args + move[1], move[2]) end
+end"""
 
 
 def deploy_typed(bridge: LuaHostBridge, directory: Path, text: str, source: str, **settings: str | int) -> Any:

@@ -30,6 +30,7 @@ from luacell.protocol.limits import MIB
 from tests.support.contracts import DOUBLE, PROBE, Stopwatch
 from tests.support.guest import THREADS_C, Answer, Guest
 from tests.support.processes import worker_of
+from tests.support.typed_contracts import raw_echoes, write_typed
 
 LIBRARY: Final = Path(polyplug.__file__).parent / "_native" / "linux-x64" / "libpolyplug.so"
 U64_MAX: Final = (1 << 64) - 1
@@ -188,6 +189,17 @@ def test_every_type_goes_in_and_comes_out(every: Any) -> None:
     assert guest.call("nothing") is None
     mixed = guest.call("mix", 255, {"x": -2.0, "y": 1.5}, b"ab", 65535)
     assert mixed == record("tag 65535", b"abab")
+
+
+def test_a_function_written_for_the_bridge_in_the_process_serves_plugins_as_it_is(
+    runtime: Any, bridge: LuaHostBridge, tmp_path: Path
+) -> None:
+    text = describe(is_singleton=False)
+    bridge.deploy(write_typed(tmp_path / "raw", text, raw_echoes(text)))
+    provide(runtime, bridge, EVERY)
+    guest = Guest(runtime, EVERY, API)
+    for name, values in VALUES.items():
+        assert [guest.call(echo_name(name), value) for value in values] == values, name
 
 
 def test_plugin_finds_the_contract_by_version(every: Any) -> None:

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from luacell.protocol.api.layout import FunctionLayout
 from luacell.protocol.api.parse import parse
 from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.limits import MIB
@@ -18,7 +17,7 @@ from luacell.worker.raw_binding import raw_binding_source
 from luacell.worker.vm import Vm
 from tests.support.apis import SVC, apis, values
 from tests.support.in_process import CREATE, DESTROY, IN_INSTANCE, Failed, InProcess, head
-from tests.support.typed_contracts import RAW_SVC_LUA, SVC_LUA, echoes
+from tests.support.typed_contracts import RAW_SVC_LUA, SVC_LUA, echoes, raw_echoes
 
 NAMES = """
 [[types]]
@@ -77,25 +76,6 @@ return function(fn_id, args, out)
   end
 end
 """
-
-
-def raw_echoes(text: str) -> str:
-    """Return a raw function that returns the first argument of the result's type, by copying its memory."""
-    moves = []
-    for function in parse(text, "api.toml").host_contracts[0].functions:
-        layout = FunctionLayout.of(function)
-        for index, param in enumerate(function.params):
-            if param.type == function.result and layout.args is not None and layout.result is not None:
-                offset = layout.args.offsets[index] if len(function.params) > 1 else 0
-                moves.append(f"[{function.id}] = {{ {offset}, {layout.result.size} }}")
-                break
-    return f"""
-local ffi = require("ffi")
-local moves = {{ {", ".join(moves)} }}
-return function(fn_id, args, out)
-  local move = moves[fn_id]
-  if move then ffi.copy(out, args + move[1], move[2]) end
-end"""
 
 
 def names() -> InProcess:
