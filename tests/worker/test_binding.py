@@ -103,6 +103,16 @@ def test_floats_keep_their_bits(type_: str) -> None:
     assert math.isnan(made.call("run", math.nan))
 
 
+def test_greatest_floats_of_32_bits_and_infinities_are_floats() -> None:
+    for expression, value in (
+        ("2 ^ 128 - 2 ^ 104", 2.0**128 - 2.0**104),
+        ("-(2 ^ 128 - 2 ^ 103 - 2 ^ 80)", -(2.0**128) + 2.0**104),
+        ("math.huge", math.inf),
+        ("-math.huge", -math.inf),
+    ):
+        assert returning("f32", expression).call("run") == value
+
+
 @pytest.mark.parametrize("width", [8, 16, 32, 64])
 def test_enums_of_all_widths(width: int) -> None:
     made = echo(f"E{width}")
@@ -173,6 +183,8 @@ def test_implementation_finds_enums_by_name_and_names_by_value() -> None:
         ("u8", "256ULL", "result: expected u8, got cdata 256ULL"),
         ("i8", "-129LL", "result: expected i8, got cdata -129LL"),
         ("u8", "require('ffi').new('int[1]')", "result: expected u8, got a cdata"),
+        ("f32", "1e300", "result: expected f32, got number 1.0000000000000001e+300"),
+        ("f32", "-(2 ^ 128 - 2 ^ 103)", "result: expected f32, got number -3.4028235677973366e+38"),
         ("u64", "-1", "result: expected u64, got number -1"),
         ("u64", "-1LL", "result: expected u64, got cdata -1LL"),
         ("u64", "2^64", "result: expected u64, got number 1.8446744073709552e+19"),

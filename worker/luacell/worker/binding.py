@@ -294,7 +294,8 @@ def _checked(scalar: Scalar, value: str, where: str) -> str:
     if scalar.kind == "bool":
         return f"typed.boolean({value}, {where})"
     if scalar.kind == "float":
-        return f"typed.float({value}, {where}, {quoted(scalar.name)})"
+        check = "float" if scalar.size == _WORD else "float32"
+        return f"typed.{check}({value}, {where}, {quoted(scalar.name)})"
     if scalar.size == _WORD:
         check = "signed64" if scalar.code.islower() else "unsigned64"
         return f"typed.{check}({value}, {where}, {quoted(scalar.name)})"

@@ -15,7 +15,7 @@ local bit = require("bit")
 local cast, copy, fill, istype, new, string_of = ffi.cast, ffi.copy, ffi.fill, ffi.istype, ffi.new, ffi.string
 local type, tostring, tonumber, error, pcall, pairs, setmetatable = type, tostring, tonumber, error, pcall, pairs, setmetatable
 local xpcall = xpcall
-local floor, format, remove_at = math.floor, string.format, table.remove
+local floor, huge, format, remove_at = math.floor, math.huge, string.format, table.remove
 local band = bit.band
 local fail = runtime.api.fail
 local new_table = require("table.new")
@@ -23,6 +23,7 @@ local new_table = require("table.new")
 local int64, uint64, words_pointer = ffi.typeof("int64_t"), ffi.typeof("uint64_t"), ffi.typeof("uint64_t *")
 local byte_pointer, address_of = ffi.typeof("uint8_t *"), ffi.typeof("uintptr_t")
 local EXACT = 2 ^ 53 -- integers up to here are exact as numbers
+local F32_END = 2 ^ 128 - 2 ^ 103 -- from here on numbers are rounded to infinity, as floats of 32 bits
 local BUFFER_TOO_SMALL, STALE_HANDLE, FUNCTION_NOT_AVAILABLE = 2, 5, 6
 local PAYLOAD_MAX = 64 * 1024 * 1024 -- bytes of a result, as of arguments
 local KEPT_MAX = 1024 -- results of one host that wait to be fetched: as many calls as it may have in flight
@@ -137,6 +138,13 @@ function typed.float(value, what, name)
   if type(value) == "number" then return value end
   if istype(int64, value) or istype(uint64, value) then return tonumber(value) end
   refuse(what, name, value)
+end
+
+-- The same for a field of 32 bits, where what is finite must not become infinite.
+function typed.float32(value, what, name)
+  local number = typed.float(value, what, name)
+  if (number >= F32_END or number <= -F32_END) and number ~= huge and number ~= -huge then refuse(what, name, value) end
+  return number
 end
 
 function typed.boolean(value, what)
