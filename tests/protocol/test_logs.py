@@ -233,6 +233,20 @@ def test_a_reader_that_stops_reading_costs_records_and_no_time(pipe: tuple[int, 
     assert 498 <= dropped <= 500
 
 
+def test_a_record_without_a_text_is_counted_and_others_follow(pipe: tuple[int, int]) -> None:
+    class Untellable:
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    reader, writer = pipe
+    handler = QueuedHandler(writer, JsonFormatter)
+    handler.emit(record("lost", fields={"value": Untellable()}))
+    handler.emit(record("kept"))
+    handler.close()
+    events = [json.loads(line)["event"] for line in os.read(reader, 4096).splitlines()]
+    assert sorted(events) == ["1 records dropped", "kept"]
+
+
 def test_closing_does_not_wait_for_a_reader_that_never_comes(pipe: tuple[int, int]) -> None:
     """In a process of its own: its thread is stuck for good, and must not keep the interpreter from ending."""
     code = """

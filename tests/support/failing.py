@@ -20,7 +20,7 @@ import socket
 import sqlite3
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any, Final, Self
@@ -360,11 +360,12 @@ def main() -> None:
         install_zmq(failer)
     sys.argv = [module, *options]
     if role == "parent":
-        sys.exit(_run_parent(control))
+        sys.exit(run_parent(__file__, control))
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _run_parent(control: str) -> int:
+def run_parent(program: str, control: str, modules: Sequence[str] = ("luacell.broker", "luacell.worker")) -> int:
+    """Run the parent; these of its children are run by a program like this one. Return its exit code."""
     from luacell.cli import serve
     from luacell.cli.restarts import BACKOFF_FIRST_S, Restarts
 
@@ -372,8 +373,9 @@ def _run_parent(control: str) -> int:
         """The parent, whose children are wrapped, too."""
 
         def _command(self, module: str) -> list[str]:
-            python, safe, _, module, *options = super()._command(module)
-            return [python, safe, __file__, control, module, *options]
+            command = super()._command(module)
+            python, safe, _, module, *options = command
+            return [python, safe, program, control, module, *options] if module in modules else command
 
     class QuickRestarts(Restarts):
         """Restarts without a back-off that grows: failures that are made are no sign of more."""

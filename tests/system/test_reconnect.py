@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
@@ -29,6 +29,7 @@ from tests.support.children import child_process
 from tests.support.contracts import DOUBLE, HEALTHY, PROBE, Stopwatch, answers, deploy, failure, function
 from tests.support.holdings import holdings, holds_no_more_than
 from tests.support.parts import Parts
+from tests.support.pending import has_begun, in_thread
 from tests.support.processes import Process, Processes
 from tests.support.waiting import LIMIT_S, eventually
 
@@ -58,21 +59,6 @@ def host(parts: Parts) -> Iterator[LuaHostBridge]:
         yield bridge
 
 
-def in_thread(work: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
-    """Start work in a thread; what it returns or raises comes to the list."""
-    ends: list[object] = []
-
-    def run() -> None:
-        try:
-            ends.append(work())
-        except LuacellError as error:
-            ends.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread, ends
-
-
 # -- one caller ----
 def test_same_bridge_answers_again_when_another_broker_serves(parts: Parts, host: LuaHostBridge) -> None:
     for number in range(RESTARTS):
@@ -95,7 +81,7 @@ def test_large_calls_and_requests_find_the_new_broker_too(parts: Parts, host: Lu
 def test_running_call_is_told_at_once_that_it_had_begun(parts: Parts, host: LuaHostBridge) -> None:
     deploy(host, ENDLESS, deadline="30s")
     thread, ends = in_thread(lambda: host.call(PROBE, 0))
-    eventually(lambda: _has_begun(host), "the call has begun")
+    eventually(lambda: has_begun(host), "the call has begun")
     with Stopwatch() as stopwatch:
         parts.kill_broker()
         thread.join(LIMIT_S)
@@ -109,20 +95,12 @@ def test_waiting_call_is_told_that_nobody_knows_whether_it_began(parts: Parts, h
     deploy(host, ENDLESS, deadline="30s")
     calls = [in_thread(lambda: host.call(PROBE, 0)) for _ in range(2)]
     eventually(lambda: host.health()["slots_in_flight"] == 2, "both calls are under way")
-    eventually(lambda: _has_begun(host), "the first one has begun")
+    eventually(lambda: has_begun(host), "the first one has begun")
     parts.kill_broker()
     for thread, _ in calls:
         thread.join(LIMIT_S)
     errors = [end for _, (end,) in calls]
     assert sorted(error.began for error in errors if isinstance(error, Unavailable)) == ["unknown", "yes"]
-
-
-def _has_begun(host: LuaHostBridge) -> bool:
-    """Whether a call of this bridge's is marked as begun, seen where the bridge sees it."""
-    session = host._link.calls.session
-    with session.lock:
-        pending = list(session.ledger.calls.values())
-    return any(each.slot is not None and each.slot.has_begun for each in pending)
 
 
 def test_call_without_a_broker_looks_for_one_within_its_time_and_says_where(parts: Parts, host: LuaHostBridge) -> None:

@@ -2,7 +2,8 @@
 
 Takes the run directory and the state directory, serves what is registered there until SIGTERM or SIGINT, and cleans
 up. With `--parent` it also ends when that process does. It reports on the descriptor `--ready-fd` when its sockets
-are bound. Exit codes: 0 ended as told, 78 (EX_CONFIG) refused to start, which another attempt would not change.
+are bound. Exit codes: 0 ended as told, 70 (EX_SOFTWARE) failed in a way that nobody expected (`fatal`), 78 (EX_CONFIG)
+refused to start, which another attempt would not change.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from luacell.broker import fatal
 from luacell.broker.directories import DirectoryError
 from luacell.broker.records import make_formatter
 from luacell.broker.registry_store import RegistryStore, StoreError
@@ -31,7 +33,7 @@ from luacell.broker.signals import SignalPipe
 from luacell.broker.statedir import StateDirectory
 from luacell.protocol.endpoints import TcpEndpoint, parse_tcp
 from luacell.protocol.limits import SPARES_MAX
-from luacell.protocol.logs import LEVELS, configure_queued_logging
+from luacell.protocol.logs import LEVELS, QueuedHandler, configure_queued_logging
 from luacell.protocol.paths import STATE_DIRECTORY
 from luacell.protocol.startup import hide_memory, put_right
 
@@ -52,6 +54,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     faulthandler.enable()
     records = configure_queued_logging(options.log_level, make_formatter)
+    fatal.end_with_threads(records)
+    try:
+        return _serve(options, records)
+    except Exception as error:
+        fatal.end(error, records)
+
+
+def _serve(options: argparse.Namespace, records: QueuedHandler) -> int:
+    """Run a broker until it is told to end; return its exit code."""
     _raise_descriptor_limit()
     try:
         run_directory = RunDirectory(options.run_dir, LOCK_WAIT_S)
@@ -77,17 +88,13 @@ def main(arguments: list[str] | None = None) -> int:
         os.write(options.ready_fd, b"1")
         os.close(options.ready_fd)
     log.info("broker started", extra={"fields": {"pid": os.getpid(), "run_dir": str(options.run_dir)}})
-    try:
-        server.run(signals)
-    finally:
-        log.info("broker stopping")
-        with _closing_limit():
-            try:
-                server.close()
-            finally:
-                state_directory.close()
-                run_directory.close(remove=options.ephemeral)
-            records.close()
+    server.run(signals)
+    log.info("broker stopping")
+    with _closing_limit():
+        server.close()
+        state_directory.close()
+        run_directory.close(remove=options.ephemeral)
+        records.close()
     return 0
 
 

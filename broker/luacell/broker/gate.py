@@ -17,15 +17,12 @@ import os
 import signal
 import struct
 import threading
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 import zmq
 
 from luacell.broker.bounds import usable_descriptors
-from luacell.broker.watcher import WorkDone
 
 log = logging.getLogger("luacell.broker")
 
@@ -47,7 +44,6 @@ class Gate:
         path: of the socket that it will be bound to.
         aside: where that is while the gate is shut.
         descriptors: RLIMIT_NOFILE.
-        order: hands work to the loop, as the watcher does.
 
     Attributes:
         connections: how many there have been, for those who ask how the broker is: `accepted` ones, `handshakes` among
@@ -61,13 +57,11 @@ class Gate:
         path: Path,
         aside: Path,
         descriptors: int,
-        order: Callable[[Callable[[], WorkDone]], None],
     ) -> None:
         self._router = router
         self._path = path
         self._aside = aside
         self._limit = usable_descriptors(descriptors)
-        self._order = order
         self._is_open = True
         self.connections = {"accepted": 0, "handshakes": 0, "strangers": 0}
         router.setsockopt(zmq.BACKLOG, BACKLOG)
@@ -93,9 +87,6 @@ class Gate:
                 self._look()
             if not self._is_open:
                 self._open()
-        except Exception as error:  # nobody would hear of connections any more, and libzmq would wait for that
-            failure = error
-            self._order(lambda: WorkDone(partial(_fail, failure)))
         finally:
             self._events.close(linger=0)
 
@@ -130,7 +121,3 @@ class Gate:
 def _open_descriptors() -> int:
     """Count this process's descriptors; Linux before 6.2 does not tell the number, but their names."""
     return os.stat(_OPEN_DESCRIPTORS).st_size or len(os.listdir(_OPEN_DESCRIPTORS))
-
-
-def _fail(error: Exception) -> NoReturn:
-    raise error

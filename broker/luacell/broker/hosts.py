@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from luacell.broker.books import Books, Pair, PairState, Refusal
 from luacell.broker.crash_keeper import QUESTIONS_MAX, Body, CrashKeeper, Report
@@ -87,24 +87,6 @@ class Hosts:
         self.callers: dict[bytes, HostLink] = {}  # those of them that have introduced themselves over ZeroMQ, too
         self.facts: dict[str, Any] = {}  # what health tells besides the dispatcher's counts
         self._by_channel: dict[socket.socket, HostLink] = {}
-        self._handlers: dict[Op, Callable[[bytes, int, bytes], None]] = {
-            Op.CALL: self._on_call,
-            Op.CANCEL: self._on_cancel,
-            Op.HELLO: self._on_hello,
-            Op.REGISTER: self._on_register,
-            Op.COMMIT: self._on_commit,
-            Op.UNREGISTER: self._on_unregister,
-            Op.REVIVE: self._on_revive,
-            Op.CRASHES: self._on_crashes,
-            Op.CRASH: self._on_crash,
-            Op.LIST: self._on_list,
-            Op.DESCRIBE: self._on_describe,
-            Op.HEALTH: self._on_health,
-            Op.LEASE: self._on_lease,
-            Op.MAPPED: self._on_mapped,
-            Op.GIVE_BACK: self._on_give_back,
-            Op.BYE: self._on_bye,
-        }
 
     # -- coming and going -----------------------------------------------------------------------------------------
     def joined(self, channel: socket.socket, routing_id: bytes) -> None:
@@ -160,12 +142,12 @@ class Hosts:
         Raises:
             ProtocolError: it is not one that a host may send now.
         """
-        handler = self._handlers.get(op)
+        handler = HANDLERS.get(op)
         if handler is None:
             raise ProtocolError(f"operation {op.name} is not for hosts")
         if peer not in self._dispatcher.sessions and op is not Op.HELLO:
             raise ProtocolError(f"operation {op.name} before HELLO")
-        handler(peer, count, message)
+        handler(self, peer, count, message)
 
     def _on_call(self, peer: bytes, count: int, message: bytes) -> None:
         self._on_calls(peer, headers.parse_records(Op.CALL, count, message), time.monotonic_ns())
@@ -401,6 +383,26 @@ class Hosts:
             raise ProtocolError(pair.message)
         if self._books.retire(pair):
             self._perform([DropPair(pair)])
+
+
+HANDLERS: Final[dict[Op, Callable[[Hosts, bytes, int, bytes], None]]] = {
+    Op.CALL: Hosts._on_call,
+    Op.CANCEL: Hosts._on_cancel,
+    Op.HELLO: Hosts._on_hello,
+    Op.REGISTER: Hosts._on_register,
+    Op.COMMIT: Hosts._on_commit,
+    Op.UNREGISTER: Hosts._on_unregister,
+    Op.REVIVE: Hosts._on_revive,
+    Op.CRASHES: Hosts._on_crashes,
+    Op.CRASH: Hosts._on_crash,
+    Op.LIST: Hosts._on_list,
+    Op.DESCRIBE: Hosts._on_describe,
+    Op.HEALTH: Hosts._on_health,
+    Op.LEASE: Hosts._on_lease,
+    Op.MAPPED: Hosts._on_mapped,
+    Op.GIVE_BACK: Hosts._on_give_back,
+    Op.BYE: Hosts._on_bye,
+}
 
 
 def _too_many_changes(request: Request) -> SendReply:

@@ -199,13 +199,6 @@ class InlineHosts:
         self._ids = count(1)
         self._held_bytes = 0
         self._worker_count = 0
-        self._handlers: dict[Op, Callable[[InlineHost, int, bytes], None]] = {
-            Op.CALL_INLINE: self._on_call,
-            Op.PIECE: self._on_piece,
-            Op.MORE: self._on_more,
-            Op.CANCEL: self._on_cancel,
-            Op.BYE: self._on_bye,
-        }
 
     # -- coming and going -----------------------------------------------------------------------------------------
     def joined(self, peer: bytes) -> None:
@@ -249,7 +242,7 @@ class InlineHosts:
 
     def handles(self, op: Op) -> bool:
         """Whether messages of an operation are for here."""
-        return op in self._handlers
+        return op in HANDLERS
 
     def on_message(self, host: InlineHost, op: Op, number: int, message: bytes) -> None:
         """Act on a message of a host.
@@ -257,7 +250,7 @@ class InlineHosts:
         Raises:
             ProtocolError: it is not one that this host may send now.
         """
-        self._handlers[op](host, number, message)
+        HANDLERS[op](self, host, number, message)
 
     def _on_bye(self, host: InlineHost, number: int, message: bytes) -> None:
         decode(messages.Bye, message)
@@ -631,6 +624,15 @@ class InlineHosts:
             self._memory.give_back_idle(arena, now_ns - IDLE_PAIR_NS)
             if arena.is_empty:
                 host.arenas.pop(arena.contract_id, None)
+
+
+HANDLERS: Final[dict[Op, Callable[[InlineHosts, InlineHost, int, bytes], None]]] = {
+    Op.CALL_INLINE: InlineHosts._on_call,
+    Op.PIECE: InlineHosts._on_piece,
+    Op.MORE: InlineHosts._on_more,
+    Op.CANCEL: InlineHosts._on_cancel,
+    Op.BYE: InlineHosts._on_bye,
+}
 
 
 def _refused(host: InlineHost, refusal: Refusal) -> SendFailure:

@@ -186,7 +186,6 @@ class Server:
             run_directory.broker_socket,
             run_directory.broker_socket_aside,
             descriptors,
-            self._watcher.order,
         )
         self._hosts.facts["connections"] = self._gate.connections
         self._bind()
@@ -279,7 +278,11 @@ class Server:
                 self._choose_tick()
                 continue
             now_ns = clock()
-            self._handle(peer, message, now_ns)
+            try:
+                self._handle(peer, message, now_ns)
+            except Exception as error:
+                error.add_note(self._title_of(peer, message))
+                raise
             if self._backlog:
                 self._inline.step()
                 self._choose_tick()
@@ -369,6 +372,17 @@ class Server:
                 self._on_item(item)
         else:
             self._handle_other(peer, message, worker)
+
+    def _title_of(self, peer: bytes, message: bytes) -> str:
+        """Say what a message is, and whose."""
+        if peer == self._watcher_id:
+            return "what the watcher has heard"
+        try:
+            title = headers.parse_preamble(message)[0].name
+        except ProtocolError:
+            title = f"{len(message)} bytes"
+        worker = self._worker_of.get(peer)
+        return f"{title} of " + (f"host {peer.hex()}" if worker is None else f"worker {worker.id}")
 
     def _handle_other(self, peer: bytes, message: bytes, worker: Worker | None) -> None:
         """Act on a message that is not one of the two; find back into step where it is none at all."""

@@ -15,8 +15,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable
-from functools import partial
-from typing import Final, NamedTuple, NoReturn
+from typing import Final, NamedTuple
 
 import zmq
 
@@ -168,9 +167,6 @@ class Watcher:
         try:
             while not self._stopping:
                 self._turn(speaker)
-        except Exception as error:  # a loop that hears of nothing any more must not go on
-            self.inbox.append(WorkDone(partial(_fail, error)))
-            speaker.send(b"")
         finally:
             speaker.close()
 
@@ -241,7 +237,3 @@ class Watcher:
                 close_all(descriptors)
                 continue
             self.inbox.append(Received(channel, message, descriptors))
-
-
-def _fail(error: Exception) -> NoReturn:
-    raise error

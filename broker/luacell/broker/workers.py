@@ -171,36 +171,35 @@ class Workers:
         Raises:
             ProtocolError: it is not one that a worker host may send.
         """
-        if op is Op.STARTED and len(descriptors) == 2:
-            self._on_started(decode(messages.Started, message), *descriptors)
-            return True
-        if op is Op.EXITED:
-            exited = decode(messages.Exited, message)
-            worker = self._workforce.by_id.get(exited.worker)
-            if worker is not None:
-                vitals = Vitals(exited.cpu_us, exited.memory, exited.state, exited.wchan)
-                self._died(worker, Cause(exited.signal, exited.exit_code, exited.problem, vitals=vitals))
-        elif op is Op.INSPECTED:
-            self._on_inspected(decode(messages.Inspected, message))
-        elif op is Op.OUTPUT:
-            self._on_output(decode(messages.Output, message))
-        elif op is Op.LEAVING:
-            decode(messages.Leaving, message)
-            self._host_leaves = True
-            log.info("worker host leaves")
-            self._perform(self._dispatcher.worker_host_leaves(time.monotonic_ns()))
-        else:
+        handler = REPORTS.get(op)
+        if handler is None or len(descriptors) != (2 if op is Op.STARTED else 0):
             raise ProtocolError(f"operation {op.name} with {len(descriptors)} descriptors is not for worker hosts")
-        return False
+        handler(self, message, descriptors)
+        return op is Op.STARTED
 
-    def _on_inspected(self, seen: messages.Inspected) -> None:
+    def _on_exited(self, message: bytes, descriptors: list[int]) -> None:
+        exited = decode(messages.Exited, message)
+        worker = self._workforce.by_id.get(exited.worker)
+        if worker is not None:
+            vitals = Vitals(exited.cpu_us, exited.memory, exited.state, exited.wchan)
+            self._died(worker, Cause(exited.signal, exited.exit_code, exited.problem, vitals=vitals))
+
+    def _on_leaving(self, message: bytes, descriptors: list[int]) -> None:
+        decode(messages.Leaving, message)
+        self._host_leaves = True
+        log.info("worker host leaves")
+        self._perform(self._dispatcher.worker_host_leaves(time.monotonic_ns()))
+
+    def _on_inspected(self, message: bytes, descriptors: list[int]) -> None:
+        seen = decode(messages.Inspected, message)
         worker = self._workforce.by_id.get(seen.worker)
         if worker is not None:
             vitals = Vitals(seen.cpu_us, seen.memory, seen.state, seen.wchan)
             self._perform(self._dispatcher.worker_inspected(worker, seen.sequence, vitals, time.monotonic_ns()))
 
-    def _on_output(self, output: messages.Output) -> None:
+    def _on_output(self, message: bytes, descriptors: list[int]) -> None:
         """Make records of what a contract has printed."""
+        output = decode(messages.Output, message)
         link = self._links.get(output.worker)
         if link is None:
             return
@@ -251,7 +250,9 @@ class Workers:
         level, event = (logging.INFO, "contract output") if line is None else (_LEVELS[line.level], "contract log")
         log.log(level, event, extra={"fields": fields})
 
-    def _on_started(self, started: messages.Started, pidfd: int, channel_fd: int) -> None:
+    def _on_started(self, message: bytes, descriptors: list[int]) -> None:
+        started = decode(messages.Started, message)
+        pidfd, channel_fd = descriptors
         channel = socket.socket(fileno=channel_fd)
         channel.setblocking(False)
         worker = self._workforce.by_id.get(started.worker)
@@ -312,30 +313,37 @@ class Workers:
         Raises:
             ProtocolError: it is not one that a worker may send.
         """
-        now_ns = time.monotonic_ns()
-        if op is Op.DONE:
-            self._on_answers(worker, headers.parse_records(op, count, message), now_ns)
-        elif op is Op.LOADED:
-            loaded = decode(messages.Loaded, message)
-            effects = self._dispatcher.worker_loaded(
-                worker, loaded.problem, loaded.reason, now_ns, saves=loaded.saves, restores=loaded.restores
-            )
-            self._perform(effects)
-        elif op is Op.SAVED:
-            saved = decode(messages.Saved, message)
-            self._perform(self._dispatcher.worker_saved(worker, saved.state, saved.problem, now_ns))
-        elif op is Op.RESTORED:
-            restored = decode(messages.Restored, message)
-            self._perform(self._dispatcher.worker_restored(worker, restored.problem, now_ns))
-        elif op is Op.READY:
-            ready = decode(messages.Ready, message)
-            self._workforce.confined(worker, ready.sandbox, read_layers(ready.posture), ready.c_modules)
-            if worker.id in self._links:
-                self._perform(self._dispatcher.worker_ready(worker, now_ns))
-            else:  # the worker host's report of its descriptors is on the other channel, still on its way
-                self._ready_early.add(worker)
-        else:
+        handler = HANDLERS.get(op)
+        if handler is None:
             raise ProtocolError(f"operation {op.name} is not for workers")
+        handler(self, worker, count, message)
+
+    def _on_done(self, worker: Worker, count: int, message: bytes) -> None:
+        self._on_answers(worker, headers.parse_records(Op.DONE, count, message), time.monotonic_ns())
+
+    def _on_loaded(self, worker: Worker, count: int, message: bytes) -> None:
+        loaded = decode(messages.Loaded, message)
+        now_ns = time.monotonic_ns()
+        effects = self._dispatcher.worker_loaded(
+            worker, loaded.problem, loaded.reason, now_ns, saves=loaded.saves, restores=loaded.restores
+        )
+        self._perform(effects)
+
+    def _on_saved(self, worker: Worker, count: int, message: bytes) -> None:
+        saved = decode(messages.Saved, message)
+        self._perform(self._dispatcher.worker_saved(worker, saved.state, saved.problem, time.monotonic_ns()))
+
+    def _on_restored(self, worker: Worker, count: int, message: bytes) -> None:
+        restored = decode(messages.Restored, message)
+        self._perform(self._dispatcher.worker_restored(worker, restored.problem, time.monotonic_ns()))
+
+    def _on_ready(self, worker: Worker, count: int, message: bytes) -> None:
+        ready = decode(messages.Ready, message)
+        self._workforce.confined(worker, ready.sandbox, read_layers(ready.posture), ready.c_modules)
+        if worker.id in self._links:
+            self._perform(self._dispatcher.worker_ready(worker, time.monotonic_ns()))
+        else:  # the worker host's report of its descriptors is on the other channel, still on its way
+            self._ready_early.add(worker)
 
     def ended(self, link: WorkerLink) -> None:
         """A worker's pidfd reports its death; the cause comes from the worker host, where there is one."""
@@ -398,6 +406,22 @@ class Workers:
         self._watcher.forget_end(link.channel.fileno())
         os.close(link.pidfd)
         link.channel.close()
+
+
+HANDLERS: Final[dict[Op, Callable[[Workers, Worker, int, bytes], None]]] = {
+    Op.READY: Workers._on_ready,
+    Op.LOADED: Workers._on_loaded,
+    Op.DONE: Workers._on_done,
+    Op.SAVED: Workers._on_saved,
+    Op.RESTORED: Workers._on_restored,
+}
+REPORTS: Final[dict[Op, Callable[[Workers, bytes, list[int]], None]]] = {
+    Op.STARTED: Workers._on_started,
+    Op.EXITED: Workers._on_exited,
+    Op.INSPECTED: Workers._on_inspected,
+    Op.OUTPUT: Workers._on_output,
+    Op.LEAVING: Workers._on_leaving,
+}
 
 
 def _is_at_end(channel: socket.socket) -> bool:

@@ -202,7 +202,11 @@ class QueuedHandler(logging.Handler):
     def _write(self, record: logging.LogRecord) -> None:
         if self.formatter is None:
             self.setFormatter(self._make_formatter())
-        data = self.format(record).encode("utf-8", "replace") + b"\n"
+        try:
+            data = self.format(record).encode("utf-8", "replace") + b"\n"
+        except Exception:  # its fields may be anything; one that has no text must not be the last record
+            self._dropped += 1
+            return
         while data:
             try:
                 data = data[os.write(self._descriptor, data) :]

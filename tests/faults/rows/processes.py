@@ -36,10 +36,10 @@ ROWS: Final = (
     ),
     Row(
         "P10",
-        "an exception in each handler of the broker's loop",
-        "UNAVAILABLE; restart",
-        "the parent",
-        due="no way in",
+        "an exception in each handler of the broker's loop, and in each of its threads",
+        "UNAVAILABLE within 1 s, `began` as it was; a record names the handler and the message; another broker serves, "
+        "with its registry",
+        "the broker ends at once, with exit code 70; the parent",
     ),
     Row("P11", "kill -9 of the parent", "everything ends", "PDEATHSIG, pidfds"),
     Row(
