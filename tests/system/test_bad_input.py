@@ -30,7 +30,7 @@ from luacell.protocol.paths import (
 )
 from tests.support.contracts import DOUBLE, HEALTHY, PROBE, answers, deploy, function
 from tests.support.peers import HOST, Peer, RawStream, call_record, channel, is_closed_by_peer, send_raw
-from tests.support.processes import Process, Processes, broker_pid, run_directory
+from tests.support.processes import Process, Processes, broker_pid, has_its_spares, run_directory
 from tests.support.serving import Serving, run_broker
 from tests.support.waiting import eventually, settles
 
@@ -183,6 +183,7 @@ def test_z16_oversized_message_closes_its_connection_only(peer: Peer) -> None:
 @contextmanager
 def counted(bridge: LuaHostBridge) -> Iterator[None]:
     """Expect one connection that is no peer's, and that `health` counts it as such."""
+    eventually(lambda: has_its_spares(bridge), "no worker is about to connect")
     before = bridge.health()["connections"]["strangers"]
     yield
     strangers = eventually(
@@ -230,6 +231,7 @@ def test_hosts_and_workers_that_come_and_go_are_no_strangers(healthy: LuaHostBri
         found: int = healthy.health()["connections"]["strangers"]
         return found
 
+    eventually(lambda: has_its_spares(healthy), "no worker is about to connect")
     before, handshakes = strangers(), healthy.health()["connections"]["handshakes"]
     with LuaHostBridge.connect(directory) as another:
         deploy(another, DOUBLE)
