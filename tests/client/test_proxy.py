@@ -12,9 +12,9 @@ import pytest
 
 from luacell.client import HostContractId
 from luacell.client.description import DROPPED_AT_ONCE, TypedContracts
-from luacell.client.proxy import destruction, fn_id_in, make_async_proxy, make_proxy
+from luacell.client.proxy import CREATIONS_MAX, destruction, fn_id_in, make_async_proxy, make_proxy
 from luacell.protocol import messages
-from luacell.protocol.errors import AbiErrorCode, BufferTooSmall, CallError, HostContractCallFailed
+from luacell.protocol.errors import AbiErrorCode, BufferTooSmall, CallError, HostContractCallFailed, StaleHandle
 from luacell.protocol.limits import PAYLOAD_MAX
 from luacell.protocol.messages import FUNCTION_MASK, IN_INSTANCE, SEAT_SHIFT
 from tests.support.apis import SVC
@@ -33,11 +33,14 @@ class Worker:
         self.shared = self.typed.of(SVC_ID, {"api": text.encode(), "workers": workers})
         self.calls: list[tuple[int, bytes, int, float | None]] = []
         self.fails: dict[int, BaseException] = {}
+        self.always: dict[int, BaseException] = {}
         self.kept = ""
 
     def __call__(self, contract_id: int, fn_id: int, args: bytes, out_size: int, timeout: float | None) -> bytes:
         assert contract_id == SVC_ID
         self.calls.append((fn_id, args, out_size, timeout))
+        if fn_id in self.always:
+            raise self.always[fn_id]
         if fn_id in self.fails:
             raise self.fails.pop(fn_id)
         if fn_id & FUNCTION_MASK == messages.FETCH:
@@ -145,6 +148,37 @@ def test_options_keep_the_instance_alive(worker: Worker) -> None:
     assert proxy.scale(1, 1.0, True) == 7.5
     assert {timeout for _, _, _, timeout in worker.calls} == {0.5}
     assert not worker.typed.dropped.notes
+
+
+GONE = "the instance is gone: its worker was replaced; a new proxy gets a new one"
+
+
+def test_instance_that_is_lost_before_it_was_used_is_made_again(worker: Worker) -> None:
+    proxy = make_proxy(worker.shared, worker)
+    worker.fails[IN_INSTANCE] = failed(StaleHandle, GONE)
+    assert proxy.scale(1, 1.0, True) == 7.5
+    assert worker.ids == [CREATE, IN_INSTANCE, CREATE, IN_INSTANCE]
+    worker.fails[IN_INSTANCE] = failed(StaleHandle, GONE)
+    with pytest.raises(StaleHandle):
+        proxy.scale(1, 1.0, True)
+    assert worker.ids[4:] == [IN_INSTANCE], "its state is lost, and its caller is told"
+
+
+def test_contract_that_is_replaced_all_the_time_is_a_stale_handle_at_last(worker: Worker) -> None:
+    proxy = make_proxy(worker.shared, worker)
+    worker.always[IN_INSTANCE] = failed(StaleHandle, GONE)
+    with pytest.raises(StaleHandle):
+        proxy.scale(1, 1.0, True)
+    assert worker.ids == [CREATE, IN_INSTANCE] * CREATIONS_MAX
+
+
+@pytest.mark.parametrize("text", ["the contract says so", "the result is no longer kept"])
+def test_stale_handle_of_a_call_that_ran_is_its_callers(worker: Worker, text: str) -> None:
+    proxy = make_proxy(worker.shared, worker)
+    worker.fails[IN_INSTANCE] = failed(StaleHandle, text)
+    with pytest.raises(StaleHandle, match=text):
+        proxy.scale(1, 1.0, True)
+    assert worker.ids == [CREATE, IN_INSTANCE]
 
 
 def test_result_that_did_not_fit_is_fetched_and_its_size_learned(worker: Worker) -> None:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,16 @@ def test_crash_makes_handles_stale_and_a_new_proxy_works(bridge: LuaHostBridge, 
             proxy.add(1)
         assert raised.value.code is AbiErrorCode.STALE_HANDLE
     assert bridge.contract("host.counter").add(1) == 1
+
+
+def test_new_proxies_know_nothing_of_replacements(bridge: LuaHostBridge, counter: Any, tmp_path: Path) -> None:
+    with LuaHostBridge.connect(run_directory(broker_pid(bridge))) as other, ThreadPoolExecutor(1) as pool:
+        directory = write_typed(tmp_path / "again", counter_api(), COUNTER_LUA)
+        (directory / "luacell.toml").write_text(f'name = "{tmp_path.name}"\n{(directory / "luacell.toml").read_text()}')
+        reloading = pool.submit(lambda: [other.deploy(directory) for _ in range(15)])
+        while not reloading.done():
+            assert bridge.contract("host.counter").add(1) == 1
+        assert reloading.result() == [[COUNTER]] * 15
 
 
 def test_dropped_proxy_destroys_its_instance(bridge: LuaHostBridge, counter: Any) -> None:

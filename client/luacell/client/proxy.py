@@ -21,13 +21,18 @@ from typing import Any, Final
 from luacell.client.description import DroppedInstance, Shared
 from luacell.client.typed.marshaller import Marshaller
 from luacell.protocol.api import Function
-from luacell.protocol.errors import BufferTooSmall, CallError
+from luacell.protocol.errors import BufferTooSmall, CallError, StaleHandle
 from luacell.protocol.limits import PAYLOAD_MAX
 from luacell.protocol.messages import CREATE, DESTROY, FETCH, IN_INSTANCE, SEAT_SHIFT
+
+CREATIONS_MAX: Final = (
+    3  # of one instance that is lost before it was used; contracts are replaced ten times a second at most
+)
 
 _HEAD: Final = struct.Struct("<QQ")
 _TOKEN: Final = struct.Struct("<Q")
 _NUMBER_BITS: Final = 52  # Lua keeps them as numbers
+_GONE: Final = "the instance is gone"
 _KEPT: Final = re.compile(r"result of ([0-9]{1,12}) bytes is kept as ([0-9]{1,19})")
 
 Call = Callable[[int, int, bytes, int, float | None], bytes]  # contract id, function id, args, out size, timeout
@@ -40,11 +45,13 @@ class Instance:
     Attributes:
         number: that names it there, among those of this host.
         is_made: whether the worker has said that it exists.
+        is_used: whether a call may have changed its state.
     """
 
     def __init__(self, shared: Shared) -> None:
         self.number = secrets.randbits(_NUMBER_BITS) | 1  # 0 is the default one, of raw calls
         self.is_made = False
+        self.is_used = False
         self._seat: int | None = None  # set when it may exist
         self._shared = shared
         self._beginning = threading.Lock()
@@ -101,23 +108,39 @@ class Steps:
     def run(self, name: str, marshaller: Marshaller, payload: bytes) -> Any:
         """Yield (function id, args, out size), and be sent the bytes that came; `StopIteration` carries the value."""
         shared, instance = self._shared, self._instance
-        fn_id, head, fetch_id = marshaller.fn_id, b"", fn_id_in(0, FETCH)
-        if not shared.description.contract.singleton:
-            head = instance.head()
-            if not instance.is_made:  # callers at once may each do this: it is made once
-                args = instance.begin()
-                yield instance.fn_id(CREATE), args, 0
-                instance.is_made = True
-            fn_id, fetch_id = instance.fn_id(fn_id), instance.fn_id(FETCH)
-        try:
-            result = yield fn_id, head + payload, shared.room(marshaller, name)
-        except BufferTooSmall as error:
-            match = _KEPT.fullmatch(error.message)
-            if match is None or int(match[1]) > PAYLOAD_MAX:
-                raise
-            shared.learn(marshaller, name, int(match[1]))
-            result = yield fetch_id, _TOKEN.pack(int(match[2])), int(match[1])
-        return marshaller.unpack_views(result) if self._views else marshaller.unpack(result)
+        room, has_instance = shared.room(marshaller, name), not shared.description.contract.singleton
+        fn_id, args, fetch_id, is_new, creations = marshaller.fn_id, payload, fn_id_in(0, FETCH), False, 0
+        while True:
+            if has_instance:
+                is_new = not instance.is_made
+                if is_new:  # callers at once may each do this: it is made once
+                    creations += 1
+                    head = instance.begin()
+                    yield instance.fn_id(CREATE), head, 0
+                    instance.is_made = True
+                else:
+                    instance.is_used = True
+                args = instance.head() + payload
+                fn_id, fetch_id = instance.fn_id(marshaller.fn_id), instance.fn_id(FETCH)
+            try:
+                result = yield fn_id, args, room
+            except BufferTooSmall as error:
+                instance.is_used = True
+                match = _KEPT.fullmatch(error.message)
+                if match is None or int(match[1]) > PAYLOAD_MAX:
+                    raise
+                shared.learn(marshaller, name, int(match[1]))
+                result = yield fetch_id, _TOKEN.pack(int(match[2])), int(match[1])
+            except StaleHandle as error:
+                is_lost = error.message.startswith(_GONE)
+                if not is_new or not is_lost or instance.is_used or creations == CREATIONS_MAX:
+                    raise
+                instance.is_made = (
+                    False  # its worker was replaced before anybody had used it: there was nothing to lose
+                )
+                continue
+            instance.is_used = True
+            return marshaller.unpack_views(result) if self._views else marshaller.unpack(result)
 
 
 def drive(steps: Any, call: Callable[[int, bytes, int], bytes]) -> Any:
