@@ -13,6 +13,7 @@ from functools import partial
 from types import FrameType
 
 from tests.soak import (
+    catalogue,
     chaos,
     crashes,
     crowds,
@@ -45,6 +46,7 @@ RUNS: dict[str, Callable[[int], Report]] = {
     "recovery": recovery.run,
     "simulation": simulation.run,
     "starts": starts.run,
+    "catalogue": catalogue.run,
     "storm": storm.run,
     "strangers": strangers.run,
 }

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.soak import chaos, crashes, crowds, kills, leaky, million, recovery, starts
+from tests.soak import catalogue, chaos, crashes, crowds, kills, leaky, million, recovery, starts
 from tests.soak.chaos import Host
 from tests.soak.history import GRACE_S, VALUE, WRONG, End, History
 from tests.soak.recovery import Limits
@@ -50,6 +50,18 @@ def test_workers_start_and_end_in_all_ways_and_leave_nothing() -> None:
 
 def test_leaking_contracts_are_recycled_near_their_limits() -> None:
     leaky.run(SEED, calls=11_000).check()
+
+
+def test_the_catalogue_is_thrown_beside_healthy_calls() -> None:
+    report = catalogue.run(SEED, "tests/faults/test_contracts.py", "c99")
+    report.check()
+    assert " passed" in report.figures["tests"]
+
+
+def test_a_catalogue_that_cannot_be_thrown_is_a_violation(capsys: pytest.CaptureFixture[str]) -> None:
+    report = catalogue.run(SEED, "tests/faults/nowhere.py")
+    assert report.violations
+    assert "nowhere.py" in capsys.readouterr().err
 
 
 # -- the checker ----
