@@ -16,7 +16,7 @@ demo: .venv/.runtime  ## a short tour: contracts that crash, hang and eat memory
 test: .venv/.dev  ## run the tests
 	$(BIN)/python -m pytest
 
-test-soak: .venv/.dev  ## run the long tests, 20 minutes at most; some of them: make test-soak SOAK="kills --seed 7"
+test-soak: .venv/.dev  ## run the long tests, half an hour at most; some of them: make test-soak SOAK="kills --seed 7"
 	$(BIN)/python -m tests.soak $(SOAK)
 
 faults: .venv/.dev  ## run the fault catalogue and write its results into docs/faults.md

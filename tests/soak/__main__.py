@@ -50,7 +50,7 @@ RUNS: dict[str, Callable[[int], Report]] = {
     "storm": storm.run,
     "strangers": strangers.run,
 }
-LIMIT_S = 1200  # for all runs together; what is under way then is cleaned up, and counts as failed
+LIMIT_S = 1800  # for all runs together; what is under way then is cleaned up, and counts as failed
 
 
 def main() -> int:
