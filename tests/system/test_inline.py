@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -808,19 +808,17 @@ def vanishing(place: Place, endpoint: str, contract: str, mode: str) -> Iterator
                 process.kill()
 
 
-@pytest.mark.parametrize(
-    ("mode", "contract"),
-    [("arguments", ECHOING), ("results", ECHOING), ("running", PROBE), ("idle", HEALTHY)],
-)
-def test_host_that_is_killed_is_seen_and_its_memory_comes_back(
-    place: Place, endpoint: str, mode: str, contract: str
-) -> None:
+def test_hosts_that_are_killed_are_seen_and_their_memory_comes_back(place: Place, endpoint: str) -> None:
+    """In the middle of their arguments, of their results, of nothing, and of a call that runs."""
+    modes = {"arguments": ECHOING, "results": ECHOING, "idle": HEALTHY, "running": PROBE}
     before = place.local.health()["hosts"]
-    with vanishing(place, endpoint, contract, mode) as (host, _):
-        assert place.local.health()["hosts"] == before + 1
-        host.kill()
+    with ExitStack() as stack:
+        hosts = [stack.enter_context(vanishing(place, endpoint, modes[mode], mode))[0] for mode in modes]
+        assert place.local.health()["hosts"] == before + len(hosts)
+        for host in hosts:
+            host.kill()
         with Stopwatch() as taken:
-            eventually(lambda: place.local.health()["hosts"] == before, "the host is gone")
+            eventually(lambda: place.local.health()["hosts"] == before, "the hosts are gone")
         assert taken.seconds < SEEN_GONE_S
 
 
