@@ -67,7 +67,7 @@ def test_a_good_call_is_not_malformed(bench: Bench, change: dict[str, int]) -> N
 
 
 def test_without_a_reached_bound_nothing_is_over_it(call: Call) -> None:
-    assert answers.over_bound(call.session, call.contract, 0) is None
+    assert answers.over_bound(call.session, call.contract, 0, call.session) is None
 
 
 def test_a_missed_deadline_names_the_budget(call: Call) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from luacell.broker import chains
-from luacell.broker.model import Call, KillWorker, SendCall, SendFailure, SendResult, Worker, WorkerState
+from luacell.broker.model import Call, CallState, KillWorker, SendCall, SendFailure, SendResult, Worker, WorkerState
+from luacell.broker.quarantine import CRASHES_MAX
 from luacell.protocol.errors import AbiErrorCode
 from tests.broker.bench import HOST, OTHER_HOST, SEGFAULT, SPARES_PAUSE_MS, Bench
 
@@ -279,3 +280,49 @@ def test_a_contract_that_calls_itself_finds_room_where_its_worker_held_calls_ahe
     assert [behind.state.value, inner.state.value].count("queued") >= 1
     assert not behind.answered
     assert not inner.answered
+
+
+def crash_nested(bench: Bench, host: bytes) -> SendFailure:
+    """A host calls A, which calls B, which crashes; return what A is told."""
+    outer = begin(bench, A, host)
+    assert outer.worker is not None
+    inner = nest(bench, outer.worker, B)
+    if inner.worker is None:
+        bench.load_next()
+    assert inner.worker is not None
+    bench.begin(inner)
+    bench.die(inner.worker, SEGFAULT)
+    failure = bench.only(SendFailure)
+    bench.done(outer)
+    return failure
+
+
+def test_crashes_of_nested_calls_count_for_the_host_of_the_chain(bench: Bench) -> None:
+    bench.serve(A)
+    bench.serve(B)
+    for _ in range(CRASHES_MAX):
+        assert crash_nested(bench, HOST).code is AbiErrorCode.WORKER_CRASHED
+    outer = begin(bench, A)
+    assert outer.worker is not None
+    assert refusal(bench, outer.worker, B).code is AbiErrorCode.QUARANTINED
+    bench.done(outer)
+    bench.send(bench.header(B), HOST)
+    assert bench.only(SendFailure).code is AbiErrorCode.QUARANTINED, "the host's own calls rest as well"
+    other = begin(bench, A, OTHER_HOST)
+    assert other.worker is outer.worker
+    assert nest(bench, outer.worker, B).host.id == OTHER_HOST, "another host's chain over the same worker does not"
+
+
+def test_nested_calls_of_one_host_take_turns_as_one_whichever_workers_make_them(bench: Bench) -> None:
+    workers = [bench.serve(contract_id) for contract_id in (A, C)]
+    bench.serve(B)
+    begin(bench, B, OTHER_HOST)
+    others = [next(call for call in iter(lambda: bench.call(B, OTHER_HOST), None) if call.state is CallState.QUEUED)]
+    others += [bench.call(B, OTHER_HOST) for _ in range(2)]
+    for contract_id in (A, C):
+        begin(bench, contract_id)
+    nested = [nest(bench, worker, B) for worker in workers]
+    own = [bench.call(B) for _ in range(2)]
+    queue = nested[0].contract.queue
+    turns = [others[0], nested[0], own[0], others[1], nested[1], own[1], others[2]]
+    assert queue.drain() == turns

@@ -144,6 +144,19 @@ def test_p12_what_waits_in_another_seat_of_a_typed_contract_rests_at_once(
         assert isinstance(running.exception(LIMIT_S), WorkerCrashed)
 
 
+def test_p12_crashes_of_nested_calls_count_for_the_host_of_the_chain(
+    shared_serving: Serving, bridge: LuaHostBridge
+) -> None:
+    caller = 'out[0] = select(2, pcall(luacell.call, "host.probe@1", 0, ffi.string(args, 1), 1)) == "\\7" and 7 or 0'
+    deploy(bridge, function(caller), "host.caller@1")
+    call = partial(bridge.call, "host.caller@1", 0)
+    for _ in range(CRASHES):
+        assert call(BAD, 1) == b"\0"
+    assert failure(bridge, PROBE, args=GOOD, out_size=1).code is AbiErrorCode.QUARANTINED
+    with LuaHostBridge.connect(shared_serving.run_directory) as other:
+        assert other.call("host.caller@1", 0, GOOD, 1) == b"\7", "another host's chain is served, by the same worker"
+
+
 def test_p12_kills_from_outside_never_count(bridge: LuaHostBridge) -> None:
     for _ in range(2 * CRASHES):
         assert bridge.call(PROBE, 0, GOOD, 1) == b"\x07"

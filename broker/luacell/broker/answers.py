@@ -60,15 +60,16 @@ def are_flags_right(header: headers.Call) -> bool:
     )
 
 
-def over_bound(session: Session, contract: Contract, in_flight: int) -> Refusal | None:
+def over_bound(session: Session, contract: Contract, in_flight: int, owner: object) -> Refusal | None:
     """Return which bound one more call would exceed, or None.
 
     A full queue takes one where another host's can be displaced for it.
 
     Args:
-        session: of the host.
+        session: that calls.
         contract: that it calls.
         in_flight: its calls to this contract that are in flight, as far as that may matter.
+        owner: as what its call would queue.
     """
     busy, title, retry_after = AbiErrorCode.BUSY, contract.record.title, _pace_of(contract)
     if len(session.calls) >= CALLS_IN_FLIGHT_MAX:
@@ -79,7 +80,7 @@ def over_bound(session: Session, contract: Contract, in_flight: int) -> Refusal 
         limit = f"calls in flight per host for this contract: {contract.in_flight_max}"
         text = f"{title}: the bound on {limit} is reached; retry when one has ended, in about {retry_after:.3g} s"
         return Refusal(busy, text, limit, retry_after)
-    if contract.queue.is_full and contract.queue.displaceable(session) is None:
+    if contract.queue.is_full and contract.queue.displaceable(owner) is None:
         limit, retry_after = _queue_limit(contract), _queue_wait(contract)
         text = f"{title}: the bound on {limit} is reached; retry later, in about {retry_after:.3g} s"
         return Refusal(busy, text, limit, retry_after)

@@ -24,14 +24,10 @@ from luacell.protocol import headers
 DEPTH_MAX: Final = 16  # calls that wait for one another; each holds a worker, and a chain this long is a mistake
 
 
-def root_of(session: Session) -> bytes:
-    """Return the session of the host whose call a session's calls are made for: its own, or that of the chain."""
+def host_of(session: Session) -> Session:
+    """Return the session of the host for which a session makes calls now: itself, or that of the chain."""
     call = session.worker.call if session.worker is not None else None
-    if call is None:
-        return session.id
-    while call.parent is not None:
-        call = call.parent
-    return call.session.id
+    return session if call is None else call.host
 
 
 def objection_to(session: Session, header: headers.Call) -> Refusal | None:

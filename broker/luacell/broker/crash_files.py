@@ -124,7 +124,7 @@ def row_of(crashed: CrashedCall, digest: str) -> dict[str, Any]:
         "args_kept": len(crashed.args or b""),
         "out_size": header.out_size,
         "source_digest": digest,
-        "host": crash.call.session.title,
+        "host": crash.call.host.title,
         "stderr": crash.stderr or "",
     }
 

@@ -86,7 +86,7 @@ def _told(episode: Episode) -> dict[str, Any]:
     told = {
         "function": call.header.fn_id,
         "call": call.header.call_id,
-        "host": call.session.title,
+        "host": call.host.title,
         "began": episode.began,
         "queued": round(episode.queued, DIGITS),
         "ran": round(episode.ran, DIGITS),

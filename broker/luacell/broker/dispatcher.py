@@ -108,7 +108,7 @@ class Dispatcher(Handover):
             return effects
         for call in list(session.calls.values()):
             if call.state is QUEUED:
-                call.contract.queue.remove(session, call)
+                call.contract.queue.remove(call.owner, call)
                 self._end(call, now_ns, effects)
             elif not call.answered:
                 self._memory.withdraw(call)
@@ -160,12 +160,12 @@ class Dispatcher(Handover):
             deadline_ns = min(deadline_ns, outer.deadline_ns)
         call = session.calls[header.call_id] = Call(session, header, contract, book, arrived_ns, deadline_ns)
         call.timer = self._wheel.set(deadline_ns, call)
-        if contract.quarantine.is_in_force:
-            contract.quarantine.accepted(session_id, call)
         effects: list[Effect] = []
         if outer is not None:
             call.parent, call.depth = outer, outer.depth + 1
             self._await(call, outer, now_ns, effects)
+        if contract.quarantine.is_in_force:
+            contract.quarantine.accepted(call.host.id, call)
         if contract.idle:
             self._hand(contract.idle.pop(), call, now_ns, effects)
             return effects
@@ -177,37 +177,38 @@ class Dispatcher(Handover):
         elif outer is not None and not self.can_progress(contract):
             self._untie(call, now_ns, effects)
         else:
-            if not contract.queue.is_full or self._displace(contract, session, now_ns, effects):
-                contract.queue.push(session, call)
+            if not contract.queue.is_full or self._displace(contract, call.owner, now_ns, effects):
+                contract.queue.push(call.owner, call)
             else:  # a contract that calls itself: what its worker held ahead has just come back
-                contract.queue.push_front(session, call)
+                contract.queue.push_front(call.owner, call)
             self.catalogue.staff(contract, now_ns, effects)
         return effects
 
     def over_bound(self, session: Session, contract: Contract, now_ns: int) -> Refusal | None:
         """Return why a contract cannot have another call of a host now, or None."""
+        host = chains.host_of(session)
         if contract.quarantine.is_in_force:
-            wait_ns = contract.quarantine.wait_ns(session.id, now_ns)
+            wait_ns = contract.quarantine.wait_ns(host.id, now_ns)
             if wait_ns:
                 return answers.resting(contract, wait_ns)
             contract.note_quarantine()
         in_flight = 0
         if len(session.calls) >= contract.in_flight_max:
             in_flight = self._books.in_flight(session.id, contract.record.id)
-        refusal = answers.over_bound(session, contract, in_flight)
+        refusal = answers.over_bound(session, contract, in_flight, session if host is session else host.chains)
         wait_ns = 0 if refusal is None else self.workforce.start_wait_ns(contract, now_ns)
         return answers.starts_wait(contract, wait_ns) if wait_ns and contract.queue.is_full else refusal
 
-    def _displace(self, contract: Contract, session: Session, now_ns: int, effects: list[Effect]) -> bool:
-        """Make room in a full queue for a call of `session`, where that is fair, and tell whether it is.
+    def _displace(self, contract: Contract, owner: object, now_ns: int, effects: list[Effect]) -> bool:
+        """Make room in a full queue for a call of `owner`, where that is fair, and tell whether it is.
 
         A host with many calls must not keep others out.
         """
-        call = contract.queue.displaceable(session)
+        call = contract.queue.displaceable(owner)
         if call is None:
             return False
         effects.append(answers.displaced(call, now_ns))
-        contract.queue.remove(call.session, call)
+        contract.queue.remove(call.owner, call)
         self._end(call, now_ns, effects)
         return True
 
@@ -351,7 +352,7 @@ class Dispatcher(Handover):
             return effects
         is_waiting = call.worker is not None and call.worker.call is call and call.worker.inner is not None
         if call.state is QUEUED:
-            call.contract.queue.remove(call.session, call)
+            call.contract.queue.remove(call.owner, call)
             effects.append(answers.cancelled(call, "no", now_ns))
             self._end(call, now_ns, effects)
             return effects
@@ -593,7 +594,7 @@ class Dispatcher(Handover):
                 self._tell_overdue(call, NO_VITALS, effects)
             for call in [call for call in session.calls.values() if not call.answered]:
                 if call.state is QUEUED:
-                    call.contract.queue.remove(session, call)
+                    call.contract.queue.remove(call.owner, call)
                     effects.append(answers.cancelled(call, "no", now_ns, by=by))
                     self._end(call, now_ns, effects)
                     continue
@@ -646,7 +647,7 @@ class Dispatcher(Handover):
         """A call is at its deadline, or at the limit on its running time."""
         call.timer = None
         if call.state is QUEUED:
-            call.contract.queue.remove(call.session, call)
+            call.contract.queue.remove(call.owner, call)
             effects.append(answers.deadline_exceeded(call, "no", now_ns))
             self._end(call, now_ns, effects)
             return

@@ -270,13 +270,14 @@ class Handover:
     def _blame(self, call: Call, now_ns: int, effects: list[Effect]) -> None:
         """A call has crashed its contract, or had to be killed: where that is often so, those that wait rest, too."""
         contract = call.contract
-        if not contract.quarantine.crashed(call.session.id, call, now_ns):
+        host = call.host
+        if not contract.quarantine.crashed(host.id, call, now_ns):
             return
         contract.note_quarantine()
-        wait_ns = contract.quarantine.wait_ns(call.session.id, now_ns)
+        wait_ns = contract.quarantine.wait_ns(host.id, now_ns)
         fields = {
             "contract": contract.record.title,
-            "host": call.session.id.hex(),
+            "host": host.id.hex(),
             "for_all_hosts": contract.quarantine.whole is not None,
             "rest_s": wait_ns / NS_PER_S,
         }
@@ -284,7 +285,7 @@ class Handover:
         for place in seats_beside(contract, self._serving.get(contract.record.id)):
             for waiting in list(place.queue):
                 if waiting is not call and self._must_rest(waiting, now_ns, effects):
-                    place.queue.remove(waiting.session, waiting)
+                    place.queue.remove(waiting.owner, waiting)
                     self._end(waiting, now_ns, effects)
 
     def _must_rest(self, call: Call, now_ns: int, effects: list[Effect]) -> bool:
@@ -292,11 +293,11 @@ class Handover:
         quarantine = call.contract.quarantine
         if not quarantine.is_in_force or quarantine.is_trial(call):
             return False
-        wait_ns = quarantine.wait_ns(call.session.id, now_ns)
+        wait_ns = quarantine.wait_ns(call.host.id, now_ns)
         if wait_ns:
             effects.append(answers.quarantined(call, wait_ns, now_ns))
         else:
-            quarantine.accepted(call.session.id, call)
+            quarantine.accepted(call.host.id, call)
         return wait_ns > 0
 
     def _requeue(self, calls: list[Call], now_ns: int, effects: list[Effect]) -> None:
@@ -318,7 +319,7 @@ class Handover:
                 self._end(call, now_ns, effects)
                 continue
             self._set_timer(call, call.deadline_ns)
-            contract.queue.push_front(call.session, call)
+            contract.queue.push_front(call.owner, call)
             contracts[contract] = None
         for contract in contracts:
             while contract.idle and contract.queue.count:
@@ -423,7 +424,7 @@ class Handover:
         elif contract.record.settings.stateless:
             contract.extra += 1
             call.extra = contract
-            contract.queue.push_front(call.session, call)
+            contract.queue.push_front(call.owner, call)
             self.catalogue.staff(contract, now_ns, effects)
         else:
             effects.append(answers.reentrant(call, chains.chain_of(call), now_ns))
@@ -434,7 +435,7 @@ class Handover:
         for call in () if contract.retired else [call for call in contract.queue if call.parent is not None]:
             if self.can_progress(contract):
                 return
-            contract.queue.remove(call.session, call)
+            contract.queue.remove(call.owner, call)
             self._untie(call, now_ns, effects)
 
     def _has_passed(self, worker: Worker, sequence: int) -> bool:
@@ -517,7 +518,7 @@ class Handover:
         if contract is None or contract.owner is None:
             return contract
         session = self.sessions.get(session_id)
-        return contract if session is not None and contract.owner == chains.root_of(session) else None
+        return contract if session is not None and contract.owner == chains.host_of(session).id else None
 
     def _give_up(self, call: Call, now_ns: int, effects: list[Effect]) -> Answer:
         """End the wait for a call that a worker holds: it must not be begun, and what it has done counts.

@@ -76,12 +76,14 @@ class Session:
         name: the host as people know it, such as "pid 123 of uid 0", or "".
         calls: in flight, by call id; a call leaves when its slot is free.
         worker: whose calls these are, where it is no host.
+        chains: what the calls that are made for its own calls queue as, each turn one of them all; its own as itself.
     """
 
     id: bytes
     name: str = ""
     calls: dict[int, Call] = field(default_factory=dict)
     worker: Worker | None = None
+    chains: object = field(default_factory=object)
 
     @property
     def title(self) -> str:
@@ -143,6 +145,19 @@ class Call:
     def pair(self) -> Pair:
         """The segments its slot lies in."""
         return self.book.pair
+
+    @property
+    def host(self) -> Session:
+        """The session of the host for which it is made: its own, or that of its chain's first call."""
+        call = self
+        while call.parent is not None:
+            call = call.parent
+        return call.session
+
+    @property
+    def owner(self) -> object:
+        """As what it takes its turn in a queue."""
+        return self.session if self.parent is None else self.host.chains
 
     @property
     def title(self) -> str:
@@ -226,7 +241,7 @@ class Contract:
     restores: bool = False
     inherits: Worker | None = None
     state: bytes | None = None
-    queue: FairQueue[Session, Call] = field(default_factory=lambda: FairQueue(QUEUE_MAX))
+    queue: FairQueue[object, Call] = field(default_factory=lambda: FairQueue(QUEUE_MAX))
     workers: dict[Worker, None] = field(default_factory=dict)
     idle: list[Worker] = field(default_factory=list)
     workers_max: int = 1

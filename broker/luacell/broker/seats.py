@@ -49,4 +49,4 @@ def move_calls(old: Contract, new: Contract) -> None:
     calls = [call for place in old.places for call in place.queue.drain()]
     for call in reversed(calls):
         call.contract = seat_of(new, call.session.id, call.header.fn_id)
-        call.contract.queue.push_front(call.session, call)
+        call.contract.queue.push_front(call.owner, call)
