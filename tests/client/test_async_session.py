@@ -12,10 +12,12 @@ import zmq
 
 from luacell.client.async_session import READ_MAX, AsyncSession, Awaited
 from luacell.client.connection import Connection
+from luacell.client.stream_wire import StreamWire
 from luacell.protocol import headers, messages
 from luacell.protocol.errors import Unavailable
 from luacell.protocol.headers import Op
 from luacell.protocol.limits import CALLS_PER_MESSAGE_MAX
+from luacell.protocol.memory.stream import connect_stream
 from tests.support.waiting import LIMIT_S
 
 WELCOME = messages.Welcome(routing_id=b"", epoch=bytes(8), broker_pid=1)
@@ -28,23 +30,18 @@ class Broker:
 
     def __init__(self) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="loop-")
-        path = f"ipc://{Path(self._directory.name) / 'sock'}"
+        path = Path(self._directory.name) / "sock"
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.router = self._context.socket(zmq.ROUTER)
         self.router.setsockopt(zmq.LINGER, 0)
         self.router.setsockopt(zmq.RCVTIMEO, int(LIMIT_S * 1000))
         self.router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.router.bind(path)
+        self.router.setsockopt(zmq.RCVHWM, 2)
+        self.router.bind(f"ipc://{path}")
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         theirs.setblocking(False)
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        dealer = context.socket(zmq.DEALER)
-        dealer.setsockopt(zmq.ROUTING_ID, HOST)
-        dealer.setsockopt(zmq.IMMEDIATE, 1)
-        dealer.setsockopt(zmq.RECONNECT_IVL, -1)
-        dealer.connect(path)
-        assert dealer.poll(int(LIMIT_S * 1000), zmq.POLLOUT)
-        self.connection = Connection(theirs, context, dealer, WELCOME)
+        self.wire = StreamWire(connect_stream(path, HOST, LIMIT_S))
+        self.connection = Connection(theirs, self.wire, WELCOME)
 
     def receive(self) -> tuple[Op, list[int]]:
         """Receive a message of records; return its operation and the ids of its calls."""
@@ -180,14 +177,33 @@ def test_calls_that_could_not_be_sent_did_not_begin() -> None:
     talk(work)
 
 
-def test_broker_that_only_takes_nothing_is_no_loss() -> None:
+def test_broker_that_hangs_up_on_one_way_is_gone() -> None:
     async def work(talking: Talk) -> None:
+        answered, running = talking.put(1), talking.put(2)
+        await talking.received()
+        talking.broker.answer(1)
+        assert await talking.wait(answered) == (1, 0, 0, 0, FREE)
         talking.broker.router.close()  # the channel stays
-        dealer = talking.broker.connection.dealer
-        while int(dealer.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
-            await asyncio.sleep(0)
-        await fails(talking, talking.put(1), "no")
-        assert talking.session.is_open
+        await fails(talking, running, "unknown")
+        await fails(talking, None, "no")
+        assert not talking.session.is_open
+
+    talk(work)
+
+
+def test_calls_that_find_no_room_leave_later() -> None:
+    async def work(talking: Talk) -> None:
+        count = 40 * CALLS_PER_MESSAGE_MAX  # 2 MiB, which no socket holds
+        calls = [talking.put(number) for number in range(1, count + 1)]
+        await asyncio.sleep(0)
+        assert talking.session._wire.has_unsent
+        received: list[int] = []
+        while len(received) < count:
+            received += (await talking.received())[1]
+        assert received == [call.call_id for call in calls]
+        assert not talking.session._wire.has_unsent
+        talking.broker.answer(count)
+        assert await talking.wait(calls[-1]) == (count, 0, 0, 0, FREE)
 
     talk(work)
 

@@ -1,8 +1,7 @@
-"""An event loop's connection to a broker: the loop watches libzmq's descriptor and the descriptor channel.
+"""An event loop's connection to a broker: the loop watches the wire's descriptor and the descriptor channel.
 
-Calls of one iteration of the loop leave together, in one message. libzmq's descriptor reports only what came after the
-last look, so whoever touches the socket reads until there is nothing more. What a message means is the ledger's
-business, as it is for threads.
+Calls of one iteration of the loop leave together, in one message. What a message means is the ledger's business, as it
+is for threads.
 """
 
 from __future__ import annotations
@@ -13,13 +12,12 @@ from collections.abc import Callable
 from itertools import count
 from typing import Final
 
-import zmq
-
 from luacell.client.arena import Arena
 from luacell.client.connection import Connection
 from luacell.client.ledger import Ledger
 from luacell.client.pending import Pending
 from luacell.client.session import FULL, LAST_WORDS_S, REQUEST_LIMIT_S, refuse_grant
+from luacell.client.wire import WireFull
 from luacell.protocol import errors, headers, messages
 from luacell.protocol.errors import ProtocolError, Unavailable
 from luacell.protocol.headers import Op
@@ -28,12 +26,6 @@ from luacell.protocol.memory.channel import ChannelClosed, close_all, receive_me
 from luacell.protocol.messages import Message, encode
 
 READ_MAX: Final = 256  # messages that are read before the loop does something else
-
-_NOBLOCK: Final = int(zmq.NOBLOCK)
-_EVENTS: Final = int(zmq.EVENTS)
-_POLLIN: Final = int(zmq.POLLIN)
-_POLLOUT: Final = int(zmq.POLLOUT)
-_send: Final = zmq.backend.Socket.send
 
 
 class Awaited(Pending):
@@ -66,17 +58,16 @@ class AsyncSession:
         self.loop = loop
         self._connection = connection
         self._channel = connection.channel
-        self._dealer = connection.dealer
-        self._receive = connection.dealer.recv
+        self._wire = connection.wire
         self._unsent: list[tuple[Pending, bytes]] = []
         self._request_ids = count(1)
         self._is_closed = False
-        self._ending: asyncio.TimerHandle | None = None  # the channel is at its end; a moment for libzmq to be, too
-        self._dealer_fd = int(self._dealer.getsockopt(zmq.FD))
+        self._ending: asyncio.TimerHandle | None = None  # the channel is at its end; a moment for the wire to be, too
+        self._wire_fd = self._wire.fileno()
+        self._wants_room = False  # whether the loop is to tell when the wire can be written
         self._channel_fd = self._channel.fileno()
-        loop.add_reader(self._dealer_fd, self._read_all)
+        loop.add_reader(self._wire_fd, self._read_all)
         loop.add_reader(self._channel_fd, self._read_channel)
-        loop.call_soon(self._read_all)  # what came before the first look is not reported
 
     @property
     def is_open(self) -> bool:
@@ -101,7 +92,7 @@ class AsyncSession:
         self._unsent.append((pending, record))
 
     def _flush(self, *, is_last: bool = False) -> None:
-        """Send the calls that wait for it. Where libzmq takes none, try once more when we know why."""
+        """Send the calls that wait for it. Where the wire takes none, try once more when we know why."""
         unsent = [(pending, record) for pending, record in self._unsent if not (pending.is_left or pending.is_done)]
         self._unsent = []
         if self._is_closed:
@@ -119,7 +110,6 @@ class AsyncSession:
                 break
             for pending, _ in batch:
                 pending.is_sent = True
-        self._read_all()  # sending may have consumed the signal that the loop waits for
 
     def _refuse(self, unsent: list[tuple[Pending, bytes]]) -> None:
         for pending, _ in unsent:
@@ -130,9 +120,19 @@ class AsyncSession:
 
     def _send(self, message: bytes) -> None:
         try:
-            _send(self._dealer, message, _NOBLOCK)
-        except zmq.Again:
+            self._wire.send(message)
+        except WireFull:
             raise Unavailable(FULL, began="no") from None
+        if self._wire.has_unsent and not self._wants_room:
+            self._wants_room = True
+            self.loop.add_writer(self._wire_fd, self._use_room)
+
+    def _use_room(self) -> None:
+        """Send what waits."""
+        self._wire.flush()
+        if not self._wire.has_unsent:
+            self._wants_room = False
+            self.loop.remove_writer(self._wire_fd)
 
     def tell(self, message: Message) -> None:
         """Send a control message that has no answer.
@@ -142,14 +142,12 @@ class AsyncSession:
         """
         self.ledger.check()
         self._send(encode(message))
-        self.loop.call_soon(self._read_all)
 
     def give_up(self, pending: Pending) -> None:
         """Nobody waits for a call any more: cancel it; its slot rests until nobody can touch it."""
         if self.ledger.give_up(pending) and not self._is_closed:
             with contextlib.suppress(Unavailable):
                 self._send(headers.encode_records(Op.CANCEL, [(pending.call_id,)]))
-            self.loop.call_soon(self._read_all)
 
     async def request(self, make: Callable[[int], Message], limit_s: float = REQUEST_LIMIT_S) -> Pending:
         """Send a control request and wait for its Reply or Segment.
@@ -190,7 +188,6 @@ class AsyncSession:
             await asyncio.sleep(LAST_WORDS_S)  # where the broker is gone, the channel tells in a moment
             self.ledger.check()
             raise
-        self.loop.call_soon(self._read_all)
 
     # -- waiting --------------------------------------------------------------------------------------------------
     async def wait(self, pending: Awaited, limit_s: float, expected: str) -> None:
@@ -216,19 +213,18 @@ class AsyncSession:
             raise Unavailable(f"the broker did not give {expected}", began=began)
 
     def _read_all(self) -> None:
-        """Read every message there is; libzmq's descriptor then reports the next one."""
+        """Read every message there is, but READ_MAX at once, and notice the end of the wire."""
         if self._is_closed:
             return
-        dealer, take, receive = self._dealer, self.ledger.take, self._receive
-        for _ in range(READ_MAX):
-            events = int(dealer.getsockopt(_EVENTS))
-            if not events & _POLLIN:
-                break
-            take(receive(_NOBLOCK))
-        else:
-            self.loop.call_soon(self._read_all)
-            return
-        if self._ending is not None and not events & _POLLOUT:
+        try:
+            if self._wire.read(self.ledger.take, READ_MAX):
+                return  # the descriptor still tells
+        except ProtocolError as error:
+            self._lose(f"the broker sent something that is not of this protocol: {error}")
+        if self._wire.is_at_end and self._ending is None and not self.ledger.lost:
+            self._stop_watching_wire()
+            self._ending = self.loop.call_later(LAST_WORDS_S, self._lose, "the broker is gone (it hung up)")
+        elif self._wire.is_at_end:
             self._lose("the broker is gone")
         elif self.ledger.lost:
             self._leave_loop()
@@ -243,7 +239,8 @@ class AsyncSession:
             except (ChannelClosed, OSError) as error:
                 self.loop.remove_reader(self._channel_fd)
                 reason = f"the broker is gone ({error})"
-                self._ending = self.loop.call_later(LAST_WORDS_S, self._lose, reason)
+                if self._ending is None:
+                    self._ending = self.loop.call_later(LAST_WORDS_S, self._lose, reason)
                 self._read_all()  # what it had answered before it went
                 return
             try:
@@ -267,8 +264,14 @@ class AsyncSession:
         if self._ending is not None:
             self._ending.cancel()
         if not self.loop.is_closed() and not self._is_closed:
-            self.loop.remove_reader(self._dealer_fd)
+            self._stop_watching_wire()
             self.loop.remove_reader(self._channel_fd)
+
+    def _stop_watching_wire(self) -> None:
+        self.loop.remove_reader(self._wire_fd)
+        if self._wants_room:
+            self._wants_room = False
+            self.loop.remove_writer(self._wire_fd)
 
     def close(self) -> None:
         """Leave the broker; those who wait get Unavailable. Idempotent; `end` follows."""
@@ -276,7 +279,7 @@ class AsyncSession:
             return
         is_lost = bool(self.ledger.lost)
         if not is_lost:
-            with contextlib.suppress(Unavailable, zmq.ZMQError):
+            with contextlib.suppress(Unavailable):
                 self._send(encode(messages.Bye()))
         self._leave_loop()
         self._is_closed = True

@@ -1,20 +1,20 @@
-"""How a host gets to a broker: the descriptor channel first, which gives it a name, then a DEALER of that name."""
+"""How a host gets to a broker: the descriptor channel first, which gives it a name, then a connection of that name."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import time
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import zmq
-
+from luacell.client.stream_wire import StreamWire
+from luacell.client.wire import Wire
 from luacell.protocol import headers
 from luacell.protocol.errors import ProtocolError, Unavailable
 from luacell.protocol.headers import Op
-from luacell.protocol.limits import MESSAGE_MAX
 from luacell.protocol.memory.channel import (
     ChannelClosed,
     close_all,
@@ -22,15 +22,13 @@ from luacell.protocol.memory.channel import (
     receive_message,
     send_message,
 )
+from luacell.protocol.memory.stream import connect_stream
 from luacell.protocol.messages import Hello, Welcome, decode, encode
 from luacell.protocol.paths import BROKER_SOCKET, DESCRIPTOR_SOCKET
 
 CONNECT_LIMIT_S: Final = 5.0
-HIGH_WATER_MARK: Final = 4096
-ALONE_MS: Final = 20  # how long the only thread waits inside libzmq before it waits for everything
 _LEAST_S: Final = 0.001  # a timeout of 0 would mean something else
 _MS: Final = 1000
-_LINGER_MS: Final = 100  # for the farewell
 
 
 class Connection(NamedTuple):
@@ -41,21 +39,21 @@ class Connection(NamedTuple):
     """
 
     channel: socket.socket
-    context: zmq.Context[zmq.Socket[bytes]]
-    dealer: zmq.Socket[bytes]
+    wire: Wire
     welcome: Welcome
 
     def close(self, *, is_lost: bool = False) -> None:
         """Close both ends; what was sent last still leaves, unless the broker is gone. `end` follows."""
-        self.dealer.close(linger=0 if is_lost else _LINGER_MS)
+        self.wire.close(is_lost=is_lost)
         self.channel.close()
 
     def end(self) -> None:
         """Wait until it has left."""
-        self.context.term()
+        self.wire.end()
 
     def leave_in_child(self) -> None:
         """Close, in a forked child, what would hide the parent's death from the broker."""
+        self.wire.leave_in_child()
         with contextlib.suppress(OSError):
             os.close(self.channel.detach())
 
@@ -82,25 +80,24 @@ def connect(run_directory: Path, limit_s: float = CONNECT_LIMIT_S) -> Connection
     try:
         channel.settimeout(max(give_up_s - time.monotonic(), _LEAST_S))
         routing_id = _introduce(channel)
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        left_s = max(give_up_s - time.monotonic(), _LEAST_S)
+        wire = StreamWire(connect_stream(run_directory / BROKER_SOCKET, routing_id, left_s))
     except (OSError, ChannelClosed, ProtocolError) as error:
         channel.close()
         raise Unavailable(f"the broker at {path} does not answer: {error}", began="no") from None
     except BaseException:
         channel.close()
         raise
-    dealer = context.socket(zmq.DEALER)
     try:
-        welcome = _greet(dealer, routing_id, run_directory, give_up_s)
+        welcome = _greet(wire, run_directory, give_up_s)
     except BaseException as error:
-        dealer.close(linger=0)
+        wire.close(is_lost=True)
         channel.close()
-        context.term()
-        if isinstance(error, zmq.ZMQError | ProtocolError):
+        if isinstance(error, ProtocolError):
             raise Unavailable(f"the broker at {run_directory} does not answer: {error}", began="no") from None
         raise
     channel.setblocking(False)
-    return Connection(channel, context, dealer, welcome)
+    return Connection(channel, wire, welcome)
 
 
 def _introduce(channel: socket.socket) -> bytes:
@@ -111,27 +108,18 @@ def _introduce(channel: socket.socket) -> bytes:
     return _welcome(message).routing_id
 
 
-def _greet(dealer: zmq.Socket[bytes], routing_id: bytes, run_directory: Path, give_up_s: float) -> Welcome:
-    """Connect under the name that the broker gave us, say hello and return its answer."""
-    dealer.setsockopt(zmq.ROUTING_ID, routing_id)
-    dealer.setsockopt(zmq.LINGER, 0)
-    dealer.setsockopt(zmq.IMMEDIATE, 1)
-    dealer.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
-    dealer.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-    dealer.setsockopt(zmq.MAXMSGSIZE, MESSAGE_MAX)
-    dealer.setsockopt(zmq.RECONNECT_IVL, -1)
-    dealer.setsockopt(zmq.RCVTIMEO, ALONE_MS)
-    dealer.connect(f"ipc://{run_directory / BROKER_SOCKET}")
-    _await(dealer, zmq.POLLOUT, run_directory, give_up_s)
-    dealer.send(encode(Hello(role="host")), zmq.NOBLOCK)
-    _await(dealer, zmq.POLLIN, run_directory, give_up_s)
-    return _welcome(dealer.recv(zmq.NOBLOCK))
-
-
-def _await(dealer: zmq.Socket[bytes], event: int, run_directory: Path, give_up_s: float) -> None:
-    left_s = max(give_up_s - time.monotonic(), _LEAST_S)
-    if not dealer.poll(int(left_s * _MS), event):
-        raise Unavailable(f"the broker at {run_directory} does not answer in time", began="no")
+def _greet(wire: StreamWire, run_directory: Path, give_up_s: float) -> Welcome:
+    """Say hello and return the broker's answer."""
+    wire.send(encode(Hello(role="host")))
+    received: list[bytes] = []
+    answer = select.poll()
+    answer.register(wire.fileno(), select.POLLIN)
+    while not received:
+        left_s = max(give_up_s - time.monotonic(), _LEAST_S)
+        if wire.is_at_end or not answer.poll(left_s * _MS):
+            raise Unavailable(f"the broker at {run_directory} does not answer in time", began="no")
+        wire.read(received.append, 1)
+    return _welcome(received[0])
 
 
 def _welcome(message: bytes) -> Welcome:

@@ -17,11 +17,13 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from luacell.client.arena import GRACE_S
-from luacell.client.connection import ALONE_MS, CONNECT_LIMIT_S, HIGH_WATER_MARK, Connection
+from luacell.client.connection import CONNECT_LIMIT_S, Connection
+from luacell.client.dealer_wire import DealerWire
 from luacell.client.ledger import Ledger
 from luacell.client.pending import Answer, Pending
 from luacell.client.replies import raise_for, raise_from_slot
 from luacell.client.session import FULL, Session
+from luacell.client.wire import ALONE_MS, HIGH_WATER_MARK, WireFull
 from luacell.protocol import headers, messages
 from luacell.protocol.errors import ProtocolError, Unavailable
 from luacell.protocol.headers import HAS_ARGS, HAS_OUT, Op
@@ -261,8 +263,8 @@ class InlineSession(Session):
     def _say(self, message: bytes) -> None:
         """Send, in the middle of reading; where the queue is full, the broker is as good as gone."""
         try:
-            self._dealer.send(message, zmq.NOBLOCK)
-        except zmq.Again:
+            self._wire.send(message)
+        except WireFull:
             self.ledger.lose(FULL)
 
 
@@ -294,7 +296,7 @@ def _connect(address: str, limit_s: float) -> Connection:
         if isinstance(error, zmq.ZMQError | ProtocolError):
             raise Unavailable(f"the broker at {address} does not answer: {error}", began="no") from None
         raise
-    return Connection(cast(socket.socket, line), context, dealer, welcome)
+    return Connection(cast(socket.socket, line), DealerWire(context, dealer), welcome)
 
 
 def _greet(address: str, line: Line, dealer: zmq.Socket[bytes], give_up_s: float) -> messages.Welcome:

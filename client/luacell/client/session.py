@@ -1,8 +1,8 @@
-"""A host's connection to a broker: one DEALER, one descriptor channel, any number of threads, none of its own.
+"""A host's connection to a broker: one wire, one descriptor channel, any number of threads, none of its own.
 
-Callers send for themselves; of those that wait, one reads for all. Whoever touches the socket holds the lock, and
-leaves no message unread behind it: libzmq's descriptor reports only what came after the last look. The reader waits
-outside the lock, on the socket's descriptor, the channel (grants, and the end of the broker) and a wake-up.
+Callers send for themselves; of those that wait, one reads for all. Whoever touches the wire holds the lock, and leaves
+no message unread behind it where the wire forgets. The reader waits outside the lock, on the wire's descriptor, the
+channel (grants, and the end of the broker) and a wake-up.
 
 It moves messages and wakes their owners; what a message means is the ledger's, slots, contracts and exceptions are
 the bridge's.
@@ -11,7 +11,6 @@ the bridge's.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import select
 import threading
@@ -19,37 +18,27 @@ import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from struct import Struct
 from threading import get_ident
 from typing import Final
-
-import zmq
 
 from luacell.client.arena import Arena
 from luacell.client.connection import CONNECT_LIMIT_S, Connection, connect
 from luacell.client.interrupts import uninterrupted
-from luacell.client.ledger import RESULT_HEAD, RESULT_SIZE, Ledger
+from luacell.client.ledger import Ledger
 from luacell.client.pending import Bell, Pending
+from luacell.client.wire import WireFull
 from luacell.protocol import headers, messages
 from luacell.protocol.errors import ProtocolError, Unavailable
-from luacell.protocol.headers import SLOT_FREE, Op
-from luacell.protocol.limits import MESSAGE_MAX, NS_PER_S, REQUEST_LIMIT_NS
+from luacell.protocol.headers import Op
+from luacell.protocol.limits import NS_PER_S, REQUEST_LIMIT_NS
 from luacell.protocol.memory.channel import ChannelClosed, close_all, receive_message
-from luacell.protocol.messages import Message, encode, size_of
+from luacell.protocol.messages import Message, encode
 
 REQUEST_LIMIT_S: Final = REQUEST_LIMIT_NS / NS_PER_S
 _MS: Final = 1000
 
-_NOBLOCK: Final = int(zmq.NOBLOCK)  # plain integers: pyzmq's enums cost microseconds
-_EVENTS: Final = int(zmq.EVENTS)
-_POLLIN: Final = int(zmq.POLLIN)
-_POLLOUT: Final = int(zmq.POLLOUT)
-_send: Final = zmq.backend.Socket.send  # without the wrapper's handling of options that we do not use
 FULL: Final = "the broker takes no messages: it is gone or overloaded"
-_RESULT_HEAD: Final = RESULT_HEAD
-_RESULT: Final = Struct(f"<{headers.PREAMBLE_SIZE}s" + headers.RESULT.format.removeprefix("<"))
-_RESULT_SIZE: Final = RESULT_SIZE
-LAST_WORDS_S: Final = 0.05  # for what libzmq has received of a broker that is gone, but not yet handed over
+LAST_WORDS_S: Final = 0.05  # for what has been received of a broker that is gone, but not yet handed over
 
 
 class Session:
@@ -70,9 +59,8 @@ class Session:
         self.broker_pid = connection.welcome.broker_pid
         self._connection = connection
         self._channel = connection.channel
-        self._dealer = connection.dealer
-        self._receive = connection.dealer.recv_into
-        self._inbox = mmap.mmap(-1, MESSAGE_MAX)  # the message at hand; its first byte is 0 when it was acted upon
+        self._wire = connection.wire
+        self._forgets = connection.wire.forgets
         self._calls = self.ledger.calls
         self._requests = self.ledger.requests
         self._request_ids = count(1)
@@ -80,13 +68,15 @@ class Session:
         self._reader_thread = 0
         self._only_thread: int | None = None  # the one thread that has made calls; 0: there were others
         self._is_closed = False
+        self._is_ending = False  # the channel or the wire is at its end
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
-        self._dealer_fd = int(self._dealer.getsockopt(zmq.FD))
+        self._wire_fd = self._wire.fileno()
+        self._wants_room = False  # whether the poll is to tell when the wire can be written
         self._channel_fd = self._channel.fileno()
         self._aside_fd = -1
         self._read_aside: Callable[[], bool] = lambda: False
-        for descriptor in (self._dealer_fd, self._channel_fd, self._wake):
+        for descriptor in (self._wire_fd, self._channel_fd, self._wake):
             self._poll.register(descriptor, select.POLLIN)
 
     @classmethod
@@ -142,8 +132,8 @@ class Session:
             self._calls[call_id] = pending
             pending.is_sent = True  # before it is: an interrupt may come out of `send` when the message has left
             try:
-                _send(self._dealer, message, _NOBLOCK)
-            except zmq.Again:
+                self._wire.send(message)
+            except WireFull:
                 self._calls.pop(call_id, None)
                 pending.is_sent = False
                 raise self._not_sent() from None
@@ -151,48 +141,23 @@ class Session:
             if is_reader:
                 self._reader = pending
                 self._reader_thread = thread
-                if thread == self._only_thread and self._receive_alone(pending, call_id):
-                    return
-            # For our own wait; or because sending may have consumed the signal that the reader waits for.
-            if int(self._dealer.getsockopt(_EVENTS)) & _POLLIN:
+                if thread == self._only_thread:
+                    # Waiting there, under the lock, is cheaper; another thread that comes along waits for it once.
+                    if self._wire.read_result(pending, self._calls, self.ledger.take, is_waiting=True):
+                        self._reader = None
+                        return
+                    self._read_all()
+            if self._forgets:
                 self._read_all()
+            elif self._wire.has_unsent:
+                self._want_room()
         until_s = time.monotonic() + limit_s
-        if not is_reader or not self._read_own(pending, call_id, limit_s * _MS):
+        if not is_reader or not self._read_own(pending, limit_s * _MS):
             self.wait(pending, until_s - time.monotonic(), "an answer by its deadline")
 
     def _note_thread(self, thread: int) -> None:
         """Notice that more than one thread uses the session."""
         self._only_thread = thread if self._only_thread is None else 0
-
-    def _receive_alone(self, pending: Pending, call_id: int) -> bool:
-        """Wait inside libzmq, for a moment, where no other thread has ever used the session. Under the lock.
-
-        The lock is held meanwhile: a second thread that comes along waits for it once, for ALONE_MS at most. Waiting
-        here is cheaper than on libzmq's descriptor.
-
-        Returns:
-            Whether our answer came; else nothing is lost, and the usual way goes on from here.
-        """
-        inbox = self._inbox
-        if inbox[0]:
-            self._resume()
-        try:
-            size = self._receive(inbox)
-        except zmq.Again:
-            return False
-        if size != _RESULT_SIZE:
-            self._take(size)
-            return False
-        head = _RESULT.unpack_from(inbox)
-        if head[:2] != (_RESULT_HEAD, call_id) or head[-1] != SLOT_FREE:
-            self._take(size)
-            return False
-        pending.answer = head[1:]
-        pending.is_done = True
-        del self._calls[call_id]
-        self._reader = None
-        inbox[0] = 0
-        return True
 
     def post(self, message: bytes) -> None:
         """Send a call that nobody waits for. Under the lock.
@@ -204,9 +169,7 @@ class Session:
         self._send(message)
 
     def leave(self, pending: Pending) -> None:
-        """Stop being the reader, where `pending` is, with nothing left half read. Under the lock."""
-        if self._inbox[0] and not self._is_closed:
-            self._resume()
+        """Stop being the reader, where `pending` is. Under the lock."""
         if self._reader is pending:
             self._reader = None
             self._appoint_reader()
@@ -280,11 +243,29 @@ class Session:
 
     def _send(self, message: bytes) -> None:
         try:
-            _send(self._dealer, message, _NOBLOCK)
-        except zmq.Again:
+            self._wire.send(message)
+        except WireFull:
             raise self._not_sent() from None
-        if self._reader is not None:  # sending may have consumed the signal that it waits for
-            self._read_all()
+        if self._forgets:
+            if self._reader is not None:
+                self._read_all()
+        elif self._wire.has_unsent:
+            self._want_room()
+
+    def _want_room(self) -> None:
+        """Have whoever reads send what waits, as soon as there is room for it. Under the lock."""
+        if not self._wants_room:
+            self._wants_room = True
+            self._poll.register(self._wire_fd, select.POLLIN | select.POLLOUT)
+        if self._reader is not None and get_ident() != self._reader_thread:
+            os.eventfd_write(self._wake, 1)
+
+    def _use_room(self) -> None:
+        """Send what waits. Under the lock."""
+        self._wire.flush()
+        if self._wants_room and not self._wire.has_unsent:
+            self._wants_room = False
+            self._poll.register(self._wire_fd, select.POLLIN)
 
     def _not_sent(self) -> Unavailable:
         """Find out why nothing can be sent: where the broker is gone, the channel tells, now or in a moment."""
@@ -324,7 +305,7 @@ class Session:
         if not pending.is_done:
             raise Unavailable(f"the broker did not give {expected}")
 
-    def _read_own(self, pending: Pending, call_id: int, limit_ms: float) -> bool:
+    def _read_own(self, pending: Pending, limit_ms: float) -> bool:
         """Read once, for what happens most: the next message is our own answer and nobody else waits.
 
         Returns:
@@ -333,28 +314,15 @@ class Session:
         if pending.is_done or len(self._calls) != 1:
             return False
         ready = self._poll.poll(limit_ms)
-        if len(ready) != 1 or ready[0][0] != self._dealer_fd:
+        if len(ready) != 1 or ready[0][0] != self._wire_fd:
             return False
         with self.lock:
             if self._is_closed:
                 return False
-            inbox = self._inbox
-            if inbox[0]:
-                self._resume()
-            try:
-                size = self._receive(inbox, flags=_NOBLOCK)
-            except zmq.Again:
+            if not self._wire.read_result(pending, self._calls, self.ledger.take, is_waiting=False):
+                self._read_all()
                 return False
-            head = _RESULT.unpack_from(inbox)
-            if size != _RESULT_SIZE or head[:2] != (_RESULT_HEAD, call_id) or head[-1] != SLOT_FREE:
-                self._take(size)
-                self._read_all()  # libzmq's descriptor does not report what came before this look
-                return False
-            pending.answer = head[1:]
-            pending.is_done = True
-            del self._calls[call_id]
             self._reader = None
-            inbox[0] = 0
             if self._calls or self._requests:
                 self._appoint_reader()
             return True
@@ -410,34 +378,21 @@ class Session:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)
         self._read_all()
+        if self._wants_room and not self._is_closed:
+            self._use_room()
 
     def _read_all(self) -> None:
-        """Read every message there is; libzmq's descriptor then reports the next one."""
+        """Read every message there is, and notice the end of the wire. Under the lock."""
         if self._is_closed:
             return
-        dealer, inbox = self._dealer, self._inbox
-        if inbox[0]:
-            self._resume()
-        while int(dealer.getsockopt(_EVENTS)) & _POLLIN:
-            self._take(self._receive(inbox, flags=_NOBLOCK))
-
-    def _resume(self) -> None:
-        """Act on a message whose reader was interrupted: pyzmq may raise when it has received it already."""
         try:
-            size = size_of(memoryview(self._inbox))
+            self._wire.read(self.ledger.take)
         except ProtocolError as error:
-            self.ledger.lose(f"the broker sent something that is not of this protocol: {error}")
-            self._inbox[0] = 0
-        else:
-            self._take(size)
-
-    def _take(self, size: int) -> None:
-        """Act on the message in the inbox; where an interrupt breaks that off, doing it again is no harm."""
-        inbox = self._inbox
-        if not inbox[0]:  # a call of a signal handler has done it
-            return
-        self.ledger.take(inbox[:size])
-        inbox[0] = 0
+            self._lose(f"the broker sent something that is not of this protocol: {error}")
+        if self._wire.is_at_end and not self._is_ending:
+            self._is_ending = True
+            self._read_grants()
+            self._lose("the broker is gone (it has closed the connection)")
 
     def _wake_up(self, pending: Pending) -> None:
         if pending.bell is not None:
@@ -473,13 +428,14 @@ class Session:
                     self._send(encode(unwanted))
 
     def _hear_last_words(self) -> None:
-        """Take the answers that the broker gave before it went: all are there when libzmq has met its end too."""
+        """Take the answers that the broker gave before it went: all are there when the wire is at its end too."""
+        self._is_ending = True
         until_s = time.monotonic() + LAST_WORDS_S
-        dealer = select.poll()
-        dealer.register(self._dealer_fd, select.POLLIN)
+        wire = select.poll()
+        wire.register(self._wire_fd, select.POLLIN)
         self._read_all()
-        while int(self._dealer.getsockopt(_EVENTS)) & _POLLOUT and (left_s := until_s - time.monotonic()) > 0:
-            dealer.poll(left_s * _MS)
+        while self._wire.may_speak() and (left_s := until_s - time.monotonic()) > 0:
+            wire.poll(left_s * _MS)
             self._read_all()
 
     # -- ends -----------------------------------------------------------------------------------------------------
@@ -496,8 +452,8 @@ class Session:
                 return
             is_lost = bool(self.ledger.lost)
             if not is_lost:
-                with contextlib.suppress(zmq.ZMQError):
-                    _send(self._dealer, encode(messages.Bye()), _NOBLOCK)
+                with contextlib.suppress(WireFull):
+                    self._wire.send(encode(messages.Bye()))
             self.ledger.lose("the bridge was closed")
             self._is_closed = True
             self._connection.close(is_lost=is_lost)
