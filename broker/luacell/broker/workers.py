@@ -30,13 +30,15 @@ from luacell.protocol import headers, messages
 from luacell.protocol.confinement import read as read_layers
 from luacell.protocol.errors import ProtocolError
 from luacell.protocol.headers import Op
-from luacell.protocol.limits import NS_PER_MS, OUTPUT_PER_CALL_MAX
+from luacell.protocol.limits import NS_PER_MS, NS_PER_S, OUTPUT_PER_CALL_MAX
 from luacell.protocol.memory.channel import ChannelClosed, peer_pid, send_message
 from luacell.protocol.messages import decode, encode
 
 log = logging.getLogger("luacell.broker")
 
 CLOSING_WAIT_NS: Final = 20 * NS_PER_MS  # a dying process closes its descriptors just before its pidfd tells
+EXITING_WAIT_NS: Final = NS_PER_S  # and on a busy machine a while before, as its flags show
+_PF_EXITING: Final = 4  # linux/sched.h
 _LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 CAUSE_WAIT_NS: Final = 250 * NS_PER_MS  # a pidfd may be faster than the worker host's report of the cause
 
@@ -103,15 +105,23 @@ class Workers:
     def time_passed(self, now_ns: int) -> None:
         """Give up waiting for a death that was announced, or for the cause of one."""
         for link in [link for link in self._closing.values() if now_ns - link.closed_ns >= CLOSING_WAIT_NS]:
-            del self._closing[link.worker.id]
-            self.lost(link.worker)
+            if now_ns - link.closed_ns >= EXITING_WAIT_NS or not _is_exiting(link.worker.pid):
+                del self._closing[link.worker.id]
+                self._dismiss(link.worker)
         for link in [link for link in self._dying.values() if now_ns - link.died_ns >= CAUSE_WAIT_NS]:
             self._died(link.worker, UNKNOWN)
         for link in [link for link in self._untold.values() if link.output.is_due(now_ns)]:
             self._tell_output(link, "", link.output.tell(now_ns))
 
     def lost(self, worker: Worker) -> None:
-        """A worker cannot be trusted or reached any more: it must die."""
+        """A worker cannot be trusted or reached any more: it must die, unless it is dying by itself."""
+        link = self._links.get(worker.id)
+        if link is not None and _is_exiting(worker.pid):
+            self.closed(link)
+        else:
+            self._dismiss(worker)
+
+    def _dismiss(self, worker: Worker) -> None:
         self._perform(self._dispatcher.worker_lost(worker, time.monotonic_ns()))
 
     def close(self) -> None:
@@ -358,9 +368,10 @@ class Workers:
 
     def closed(self, link: WorkerLink) -> None:
         """A worker's socketpair is closed: it is dying, or has closed its descriptors."""
-        if self._links.get(link.worker.id) is link:
+        worker_id = link.worker.id
+        if self._links.get(worker_id) is link and worker_id not in self._closing and worker_id not in self._dying:
             link.closed_ns = time.monotonic_ns()
-            self._closing[link.worker.id] = link
+            self._closing[worker_id] = link
 
     def send_map(self, worker: Worker, pair: Pair) -> bool:
         """Give a worker a pair of segments; tell whether it could be sent."""
@@ -433,8 +444,20 @@ def _is_at_end(channel: socket.socket) -> bool:
 
 def _parent_of(pid: int) -> int | None:
     """Return the pid of a process's parent, or None where that cannot be seen: in another namespace, or it is gone."""
+    fields = _stat_of(pid)
+    return int(fields[1]) if fields else None
+
+
+def _is_exiting(pid: int) -> bool:
+    """Whether a worker is on its way out, or dead and not yet reaped; False where that cannot be seen."""
+    fields = _stat_of(pid)
+    return bool(fields) and bool(int(fields[6]) & _PF_EXITING)
+
+
+def _stat_of(pid: int) -> list[str]:
+    """Return the fields behind the name in a process's /proc/PID/stat, from its state on; none where it is gone."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
     except OSError:
-        return None
-    return int(stat.rpartition(")")[2].split()[1])  # proc_pid_stat(5): the name may hold anything
+        return []
+    return stat.rpartition(")")[2].split()  # proc_pid_stat(5): the name may hold anything
