@@ -404,7 +404,7 @@ def test_ten_thousand_instances_leave_nothing(bridge: LuaHostBridge, counter: An
     churn(7_000)
     gc.collect()
     assert counter.destroyed() == 10_000
-    assert counter.heap() < heap + 64 * 1024
+    assert counter.heap() < heap + 256 * 1024  # traces take up to 110 KiB more; 7,000 instances would take 900
     assert resident_kib(pid) < resident + 4 * 1024
     assert len(shared.dropped.notes) == 0
 
