@@ -14,7 +14,14 @@ from luacell.client import HostContractId
 from luacell.client.description import DROPPED_AT_ONCE, TypedContracts
 from luacell.client.proxy import CREATIONS_MAX, destruction, fn_id_in, make_async_proxy, make_proxy
 from luacell.protocol import messages
-from luacell.protocol.errors import AbiErrorCode, BufferTooSmall, CallError, HostContractCallFailed, StaleHandle
+from luacell.protocol.errors import (
+    AbiErrorCode,
+    ArgumentTypeError,
+    BufferTooSmall,
+    CallError,
+    HostContractCallFailed,
+    StaleHandle,
+)
 from luacell.protocol.limits import PAYLOAD_MAX
 from luacell.protocol.messages import FUNCTION_MASK, IN_INSTANCE, SEAT_SHIFT
 from tests.support.apis import SVC
@@ -207,15 +214,16 @@ def test_proxy_looks_like_its_contract(worker: Worker) -> None:
 @pytest.mark.parametrize(
     ("given", "named", "text"),
     [
-        ((1,), {"k": 1}, "'k'"),
-        ((), {"nope": 1}, "'nope'"),
-        ((1,), {"v": 1.0}, "lacks on"),
+        ((1,), {"k": 1}, r"^host\.svc@1\.scale: got k twice, by place and by name$"),
+        ((), {"onn": 1}, r"^host\.svc@1\.scale: has no parameter 'onn'; did you mean 'on'\?$"),
+        ((), {"nope": 1}, r"^host\.svc@1\.scale: has no parameter 'nope'; known are k, on, v$"),
+        ((1,), {"v": 1.0}, r"^host\.svc@1\.scale: lacks on; it takes k, v, on$"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(
     worker: Worker, given: tuple[Any, ...], named: dict[str, Any], text: str
 ) -> None:
-    with pytest.raises(TypeError, match=text):
+    with pytest.raises(ArgumentTypeError, match=text):
         make_proxy(worker.shared, worker).scale(*given, **named)
     assert worker.calls == []
 

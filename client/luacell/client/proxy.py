@@ -21,7 +21,8 @@ from typing import Any, Final
 from luacell.client.description import DroppedInstance, Shared
 from luacell.client.typed.marshaller import Marshaller
 from luacell.protocol.api import Function
-from luacell.protocol.errors import BufferTooSmall, CallError, StaleHandle
+from luacell.protocol.api.tables import meant
+from luacell.protocol.errors import ArgumentTypeError, BufferTooSmall, CallError, StaleHandle
 from luacell.protocol.limits import PAYLOAD_MAX
 from luacell.protocol.messages import CREATE, DESTROY, FETCH, IN_INSTANCE, SEAT_SHIFT
 
@@ -262,11 +263,13 @@ def _arguments(signature: list[str], given: tuple[Any, ...], named: dict[str, An
         return given
     rest = signature[len(given) :]
     for name in named:
+        if name in signature and name not in rest:
+            raise ArgumentTypeError(title, "", f"got {name} twice, by place and by name")
         if name not in rest:
-            raise TypeError(f"{title}() got an unexpected argument {name!r}, or got it twice")
+            raise ArgumentTypeError(title, "", f"has no parameter {name!r}{meant(name, signature or ('none',))}")
     missing = [name for name in rest if name not in named]
     if missing:
-        raise TypeError(f"{title}() lacks {', '.join(missing)}")
+        raise ArgumentTypeError(title, "", f"lacks {', '.join(missing)}; it takes {', '.join(signature)}")
     return (*given, *(named[name] for name in rest))
 
 
