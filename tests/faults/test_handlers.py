@@ -13,7 +13,6 @@ import pytest
 
 from luacell.broker.fatal import EXIT_FAILED
 from luacell.client import LuacellError, LuaFunction, LuaHostBridge, Unavailable
-from tests.soak.scheduling import Scheduling
 from tests.support import scenes
 from tests.support.breaking import ENDING_THREADS, HANDLERS, THREADS, Control, threads_of_the_broker
 from tests.support.contracts import DOUBLE, HEALTHY, answers, deploy, function
@@ -21,6 +20,7 @@ from tests.support.holdings import holdings, holds_no_more_than
 from tests.support.pending import has_begun, in_thread
 from tests.support.processes import Processes, descriptors_of, processes_with
 from tests.support.scenes import Scene, Stage
+from tests.support.scheduling import Scheduling
 from tests.support.serving import Serving
 from tests.support.waiting import LIMIT_S, eventually, settles
 

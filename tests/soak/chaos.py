@@ -23,10 +23,10 @@ from tests.soak.history import GRACE_S, VALUE, WRONG, End, Entry, percentiles
 from tests.soak.hostile import DOUBLED, HEALTHY_NAMES, HOSTILE, name_of, outcomes_of, source_of
 from tests.soak.remains import remains
 from tests.soak.report import Report
-from tests.soak.scheduling import Scheduling
 from tests.support.contracts import answers, deploy, function
 from tests.support.holdings import holdings
 from tests.support.processes import Process, Processes, descriptors_of, resident_kib
+from tests.support.scheduling import Scheduling
 from tests.support.serving import Serving
 from tests.support.waiting import LIMIT_S, eventually
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from luacell.client import BridgeError, CallError, LuacellError, LuaFunction, LuaHostBridge
 from tests.soak.history import GRACE_S
 from tests.soak.report import Report
-from tests.soak.scheduling import Scheduling
 from tests.support.contracts import DOUBLE, HEALTHY, answers, function
 from tests.support.failing import OPERATIONS, Control, program
 from tests.support.processes import Holdings, Processes, processes_with
+from tests.support.scheduling import Scheduling
 from tests.support.serving import Serving
 from tests.support.waiting import LIMIT_S, eventually, settles
 

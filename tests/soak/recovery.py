@@ -21,10 +21,10 @@ from typing import Final, NamedTuple
 from luacell.client import DeadlineExceeded, LuacellError, LuaHostBridge, WorkerCrashed
 from tests.soak.history import GRACE_S
 from tests.soak.report import Report
-from tests.soak.scheduling import Scheduling
 from tests.support.children import child_process
 from tests.support.contracts import COUNTER, DOUBLE, HEALTHY, PROBE, answers, deploy, failure, function
 from tests.support.processes import Process, Processes, worker_of
+from tests.support.scheduling import Scheduling
 from tests.support.serving import Serving
 from tests.support.waiting import LIMIT_S, eventually
 

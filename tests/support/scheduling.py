@@ -1,41 +1,48 @@
-"""How much of a delay is the machine's own."""
+"""How late this machine runs what is ready to run, so that its lateness is not blamed on luacell."""
 
 from __future__ import annotations
 
 import threading
 import time
 from pathlib import Path
+from typing import Final, Self
 
 from luacell.protocol.limits import NS_PER_S
 
-_STEP_S = 0.005
+STEP_S: Final = 0.005
+HOPS: Final = 4  # processes that an answer passes through at most: worker, worker host, broker, host
 
 
-class Delays:
-    """Measures, for the length of a block, how late a thread comes that has nothing to do but to come on time.
+class Scheduling:
+    """A thread that only sleeps, for the length of a block.
 
     Args:
         pids: other processes that are to come on time.
 
     Attributes:
-        longest_s: by which it was late at most, seconds.
-        waited_s: for which those processes were ready to run and had no CPU, together.
+        latest_s: by how much the thread was woken too late at most, seconds.
+        waited_s: for how long those processes were ready to run and had no CPU, together.
     """
 
     def __init__(self, *pids: int) -> None:
-        self.longest_s = self.waited_s = 0.0
+        self.latest_s = self.waited_s = 0.0
         self._pids = pids
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="delays")
+        self._thread = threading.Thread(target=self._run, name="scheduling")
+
+    @property
+    def slack_s(self) -> float:
+        """What an answer may be late because of the machine: every process on its way as late as was seen here."""
+        return HOPS * self.latest_s
 
     def _run(self) -> None:
-        due_s = time.monotonic() + _STEP_S
-        while not self._is_over.wait(_STEP_S):
+        before_s = time.monotonic()
+        while not self._is_over.wait(STEP_S):
             now_s = time.monotonic()
-            self.longest_s = max(self.longest_s, now_s - due_s)
-            due_s = now_s + _STEP_S
+            self.latest_s = max(self.latest_s, now_s - before_s - STEP_S)
+            before_s = now_s
 
-    def __enter__(self) -> Delays:
+    def __enter__(self) -> Self:
         self.waited_s -= sum(map(_waited_s, self._pids))
         self._thread.start()
         return self

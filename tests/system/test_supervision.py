@@ -28,7 +28,7 @@ ENDLESS = function("while true do end")
 NAP = 'local ffi = require("ffi")\nffi.cdef[[int usleep(unsigned);]]\n' + function(
     "ffi.C.usleep(fn_id * 1000) if out ~= nil then out[0] = 42 end"
 )
-BACK_WITHIN_S = 1.0
+BACK_WITHIN_S = 2.0  # twice the promise, which `make test-soak` asserts: tests run beside other work
 GONE_WITHIN_S = 2.0
 
 
@@ -142,7 +142,7 @@ def test_all_of_them_are_killed_in_turn_under_calls(directory: Path) -> None:
                 with serving.processes() as processes:
                     victims[round_ % 2](processes).kill()
                 assert all(call.result(LIMIT_S) in ("value", "error") for call in calls), "one answer per call"
-            assert time_until_served(directory, "victim") < 2 * BACK_WITHIN_S
+            assert time_until_served(directory, "victim") < BACK_WITHIN_S
 
 
 def outcome(bridge: LuaHostBridge) -> str:
