@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from luacell.broker import carrying, model
 from luacell.broker.books import Pair
 from luacell.broker.causes import SIGALRM, Cause
-from luacell.broker.dispatcher import Dispatcher
+from luacell.broker.dispatcher import LOOK_NS, Dispatcher
 from luacell.broker.handover import ATTEMPTS_MAX, KILL_AFTER_NS
 from luacell.broker.model import CallState, Effect, Request, WorkerState
 from luacell.broker.registry import ContractRecord
 from luacell.broker.starts import COST_NS
 from luacell.broker.timers import BUCKET_NS
+from luacell.broker.windows import SLOW_NS
 from luacell.broker.workforce import backoff_ns
 from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.headers import Call as CallHeader
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 INQUIRY_NS = 50 * NS_PER_MS  # how long it may take to find out what a process is doing
 LATE_NS = BUCKET_NS + TIME_STEP_NS + TICK_NS  # what a deadline may be missed by: the timer's and the shell's share
+NOTICED_NS = LOOK_NS + SLOW_NS + 3 * LATE_NS  # what the mark that a call is done may wait for
 OUT_SIZE = 8  # bytes that every call asks for
 
 # The bounds of simulated worlds: so small that a few hosts reach them, limits so short that they pass within a run.
@@ -543,6 +545,9 @@ class Auditor:
         for truth in self._unanswered:
             grace_ns = LATE_NS + (INQUIRY_NS + LATE_NS if truth.inspected_ns else 0)
             self.demand(now_ns <= truth.deadline_ns + grace_ns, truth, "has no answer after its deadline")
+            worker = truth.call.worker
+            if truth.finished_ns and worker is not None and worker.state is WorkerState.BUSY:
+                self.demand(now_ns <= truth.finished_ns + NOTICED_NS, truth, "is done, which nobody notices")
         for request, asked_ns in self._requests.items():
             is_late = now_ns > asked_ns + REGISTRATION_LIMIT_NS + LATE_NS
             self.demand(not is_late, "request", request, "has no answer")

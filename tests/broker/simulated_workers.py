@@ -66,6 +66,7 @@ class SimulatedWorker:
     Attributes:
         is_spent: it must not be used again.
         has_said_so: and the broker has heard it.
+        is_unheard: its contract has spoilt the connection: nothing that it sends arrives any more.
         keeps_state: it is a singleton that saves and restores.
         state: how many calls it and those before it have run.
         held: numbers of calls whose slots it may touch: EXECUTE was sent to it, DONE was not sent by it.
@@ -80,6 +81,7 @@ class SimulatedWorker:
         self.has_channel = True
         self.is_spent = False
         self.has_said_so = False
+        self.is_unheard = False
         self.keeps_state = False
         self.state = 0
         self.step = "starting"
@@ -98,6 +100,11 @@ class SimulatedWorker:
         self._waits_ns = 0  # since when it does; 0: it does not
         self._last_inner = 0
         self._after_waiting: Act = self._perish
+
+    def _send(self, act: Act) -> None:
+        """Send the broker what makes it act."""
+        if not self.is_unheard:
+            self.outbox.send(act)
 
     # -- life ---------------------------------------------------------------------------------------------------
     def start(self) -> None:
@@ -132,7 +139,7 @@ class SimulatedWorker:
 
     def _ready(self) -> None:
         self.step = "blank"
-        self.outbox.send(lambda: self.world.server.on_ready(self.id))
+        self._send(lambda: self.world.server.on_ready(self.id))
 
     def _take(self) -> None:
         if self.is_alive and not self._is_occupied and self._waiting and not self.is_spent:
@@ -173,7 +180,7 @@ class SimulatedWorker:
         elif source == b"close":
             self._then("loading", self._quickly(1), self.close_channel)
         elif source == b"ready":
-            self._then("loading", self._quickly(1), lambda: self.outbox.send(lambda: server.on_ready(self.id)))
+            self._then("loading", self._quickly(1), lambda: self._send(lambda: server.on_ready(self.id)))
         else:
             problem = source.decode() if source in (b"type", b"load") else ""
             if source == b"flaky" and schedule.chance(0.4):
@@ -181,7 +188,7 @@ class SimulatedWorker:
             self._then("loading", self._quickly(2), lambda: self._loaded(problem))
 
     def _loaded(self, problem: str) -> None:
-        self.outbox.send(lambda: self.world.server.on_loaded(self.id, problem, self.keeps_state))
+        self._send(lambda: self.world.server.on_loaded(self.id, problem, self.keeps_state))
         self._rest("idle")
 
     # -- state --------------------------------------------------------------------------------------------------
@@ -191,7 +198,7 @@ class SimulatedWorker:
 
     def _saved(self, problem: str) -> None:
         state = b"" if problem else b"%d" % self.state
-        self.outbox.send(lambda: self.world.server.on_saved(self.id, state, problem))
+        self._send(lambda: self.world.server.on_saved(self.id, state, problem))
         self.is_spent = True
         self._rest("idle")
 
@@ -202,7 +209,7 @@ class SimulatedWorker:
     def _restored(self, state: bytes, problem: str) -> None:
         self.state = int(state)
         self.is_spent = bool(problem)
-        self.outbox.send(lambda: self.world.server.on_restored(self.id, problem))
+        self._send(lambda: self.world.server.on_restored(self.id, problem))
         self._rest("idle")
 
     def _carry(self, step: str, end: Callable[[str], None]) -> None:
@@ -293,7 +300,7 @@ class SimulatedWorker:
         contract_id = schedule.rng.choice(CONTRACTS)
         self._waits_ns = schedule.now_ns
         self._after_waiting = lambda: self._resume(call, code, flags)
-        self.outbox.send(lambda: server.on_nested(self.id, inner_id, contract_id, budget_us))
+        self._send(lambda: server.on_nested(self.id, inner_id, contract_id, budget_us))
         self.step = "waiting"
         if schedule.chance(self.world.swarm.death):
             schedule.after(self._quickly(20), self._perish)
@@ -314,15 +321,15 @@ class SimulatedWorker:
     def _misbehave(self, call: Execute) -> None:
         """Do what a contract can do through FFI."""
         server, rng = self.world.server, self.world.schedule.rng
-        deed = rng.randrange(6)
+        deed = rng.randrange(7)
         if deed == 0:  # an answer for a call that it does not hold
             forged = Done(max(1, call.sequence + rng.randrange(-5, 5)), 0, call.out_size, 0, 0)
             if forged.sequence not in self.sequences:
-                self.outbox.send(lambda: server.on_done(self.id, forged))
+                self._send(lambda: server.on_done(self.id, forged))
         elif deed == 1:
-            self.outbox.send(lambda: server.on_ready(self.id))
+            self._send(lambda: server.on_ready(self.id))
         elif deed == 2:
-            self.outbox.send(lambda: server.on_loaded(self.id, rng.choice(("", "load"))))
+            self._send(lambda: server.on_loaded(self.id, rng.choice(("", "load"))))
         elif deed == 3:
             self.close_channel()
         elif deed == 4:  # the mark of an answer before there is one
@@ -330,6 +337,9 @@ class SimulatedWorker:
             call.slot.code = call.slot.flags = 0
             call.slot.out_size = 1 << 31
             call.slot.done = call.sequence
+        elif deed == 5:  # the beginning of a long message, which swallows what follows
+            self.is_unheard = True
+            self.world.counts["connections spoilt"] += 1
         else:
             self._perish()
 
@@ -375,8 +385,9 @@ class SimulatedWorker:
     def _send_gathered(self) -> None:
         gathered, self._gathered = self._gathered, []
         for done, number in gathered:
-            self.held.discard(number)
-            self.outbox.send(lambda done=done: self.world.server.on_done(self.id, done))  # type: ignore[misc]
+            if not self.is_unheard:
+                self.held.discard(number)
+            self._send(lambda done=done: self.world.server.on_done(self.id, done))  # type: ignore[misc]
         if len(gathered) > 1:
             self.world.counts["gathered answers"] += len(gathered)
 

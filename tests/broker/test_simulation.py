@@ -512,6 +512,14 @@ def the_slots_of_a_silent_worker_are_not_looked_at(patch: Patch) -> None:
     patch.setattr(Dispatcher, "_catch_up", lambda self, worker, now_ns, effects: None)
 
 
+SWARMS["workers_that_run_one_call_are_not_looked_at"] = Swarm(hostile=0.1, call_gap_ns=20 * NS_PER_MS, spares=2)
+
+
+@breakage
+def workers_that_run_one_call_are_not_looked_at(patch: Patch) -> None:
+    patch.setattr(Dispatcher, "_look_around", lambda self, now_ns, effects: None)
+
+
 @breakage
 def a_worker_is_killed_for_a_call_that_it_has_not_begun(patch: Patch) -> None:
     for module in (dispatcher, handover):

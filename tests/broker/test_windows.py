@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from luacell.broker.dispatcher import SILENCE_MAX_NS
+from luacell.broker.dispatcher import LOOK_NS, SILENCE_MAX_NS
 from luacell.broker.handover import KILL_AFTER_NS
 from luacell.broker.model import (
     BUSY,
@@ -540,3 +540,30 @@ def test_a_worker_says_what_it_passes_by_before_it_answers_for_later_calls(bench
     bench.pass_ms(SLOW_MS + 5)
     bench.effects = bench.dispatcher.worker_done(slow, Done(numbers[0], 0, 0, 0, NOT_BEGUN), bench.now_ns)
     assert slow.state is DOOMED, "it is still in the slow call"
+
+
+def test_a_lone_call_whose_answer_does_not_come_is_answered_from_its_slot_long_before_its_deadline(
+    bench: Bench, worker: Worker
+) -> None:
+    call = bench.call()
+    bench.begin(call)
+    for _ in range(3):
+        assert not bench.pass_ms(LOOK_NS / NS_PER_MS)
+    bench.finish(call)
+    bench.pass_ms(LOOK_NS / NS_PER_MS)
+    assert (bench.result.call, bench.result.slot_free) == (call, False)
+    bench.pass_ms(LONG_US / 1000)
+    assert bench.only(KillWorker).worker is worker
+    bench.die(worker, KILLED)
+    assert bench.only(SendReleased).call_id == call.header.call_id
+
+
+def test_workers_are_looked_at_as_long_as_there_are_calls(bench: Bench, worker: Worker) -> None:
+    bench.done(bench.call())
+    bench.pass_ms(LONG_US / 1000)
+    looked_ns = bench.now_ns
+    assert bench.dispatcher.next_deadline() is None
+    call = bench.call()
+    assert bench.dispatcher.next_deadline() == looked_ns + LOOK_NS
+    bench.done(call)
+    assert bench.dispatcher.next_deadline() is None

@@ -26,6 +26,23 @@ DEADLY = function("""
   end
 """).replace("return function", 'ffi.cdef("int poll(void *, unsigned long, int)")\nreturn function', 1)
 
+# fn 1 begins a long message on each stream of its process, as ZMTP 3 has them, which the answer is then taken to be of.
+SWALLOWS = function("""
+  local kind, size, streams = ffi.new("int[1]"), ffi.new("unsigned[1]", 4), 0
+  for descriptor = 3, fn_id * 255 do
+    if ffi.C.getsockopt(descriptor, 1, 3, kind, size) == 0 and kind[0] == 1 then
+      streams = streams + 1
+      ffi.C.write(descriptor, "\\2\\0\\0\\0\\0\\0\\1\\0\\0", 9)
+    end
+  end
+  out[0] = streams
+""").replace(
+    "return function",
+    "ffi.cdef[[int getsockopt(int, int, int, void *, unsigned *); long write(int, const void *, size_t);]]\n"
+    "return function",
+    1,
+)
+
 
 @pytest.fixture
 def bridge(serving: Serving) -> Iterator[LuaHostBridge]:
@@ -83,3 +100,11 @@ def test_the_record_of_an_ordered_death_says_what_the_process_was_doing(
     assert (died["function"], died["began"], died["level"]) == (LOOP, "yes", "info")
     assert died["process_state"] == "R (running)"
     assert "ran" in died["verdict"]
+
+
+def test_a_lone_answer_that_its_contract_has_swallowed_is_read_from_the_slot(bridge: LuaHostBridge) -> None:
+    deploy(bridge, SWALLOWS, deadline="5s", run_limit="400ms")
+    with Stopwatch() as stopwatch:
+        assert bridge.call(PROBE, 1, None, 1) == b"\1"
+    assert stopwatch.seconds < 1, "long before its deadline"
+    assert bridge.call(PROBE, 0, None, 1) == b"\0", "by another worker: the one that was not heard is killed"

@@ -15,8 +15,10 @@ What a worker did when it died is read from the call's slot: `done` holds the ca
 there, `begun` when the contract had been entered. Slots outlive workers, so no two hand-overs share a number.
 
 A busy worker holds calls ahead (`windows`). It answers in order, several at once as it likes; so while it is silent
-the slots tell how far it has come (`_catch_up`), and before it is killed for the call that it runs, those behind are
-withdrawn: it passes them by, or dies, and either way they go to another worker.
+the slots tell how far it has come (`_catch_up`). One with calls ahead has a timer for that; the others are looked at
+now and then (`_look_around`), for what a contract writes to its worker's connection may have swallowed the answer.
+Before a worker is killed for the call that it runs, those behind are withdrawn: it passes them by, or dies, and either
+way they go to another worker.
 
 `Catalogue` keeps contracts and their loading, `Workforce` the workers.
 """
@@ -70,12 +72,14 @@ from luacell.protocol.limits import (
     CARRY_LIMIT_NS,
     ERROR_TEXT_MAX,
     LOAD_LIMIT_NS,
+    NS_PER_MS,
     NS_PER_S,
     NS_PER_US,
     START_LIMIT_NS,
 )
 from luacell.protocol.slots import GENERATION_MASK
 
+LOOK_NS: Final = 100 * NS_PER_MS  # between looks at workers that run one call, and have for a while; 1 us each
 SILENCE_MAX_NS: Final = NS_PER_S  # from the mark that a call is done to the answer; a mark may be a lie
 
 
@@ -605,8 +609,12 @@ class Dispatcher(Handover):
 
     # -- time -----------------------------------------------------------------------------------------------
     def next_deadline(self) -> int | None:
-        """Return when `time_passed` is due, or None."""
-        return self._wheel.next_ns()
+        """Return when `time_passed` is due, or None.
+
+        Where there are timers there may be a worker to look at: whoever waits for a call has one.
+        """
+        next_ns = self._wheel.next_ns()
+        return next_ns if next_ns is None or next_ns <= self._look_ns else self._look_ns
 
     def time_passed(self, now_ns: int) -> list[Effect]:
         """Act on everything that is due."""
@@ -622,7 +630,18 @@ class Dispatcher(Handover):
                 self._tell_overdue(subject.call, NO_VITALS, effects)
             else:
                 subject.replenish(now_ns, effects)
+        if now_ns >= self._look_ns:
+            self._look_ns = now_ns + LOOK_NS
+            self._look_around(now_ns, effects)
         return effects
+
+    def _look_around(self, now_ns: int, effects: list[Effect]) -> None:
+        """See whether workers have marked their calls as done without having answered for them, so far."""
+        slow_ns = now_ns - SLOW_NS
+        for worker in list(self.workforce.by_id.values()):
+            call = worker.call
+            if call is not None and call.sent_ns <= slow_ns and worker.timer is None and worker.state is not DOOMED:
+                self._catch_up(worker, now_ns, effects)
 
     def _worker_due(self, worker: Worker, now_ns: int, effects: list[Effect]) -> None:
         """A worker did not start or load in time, or it is time to see how far a busy one has come."""

@@ -83,6 +83,7 @@ class Handover:
         self.answered_count = 0
         self.is_draining = False
         self._last_sequence = 0
+        self._look_ns = 0  # when to look around next; see `Dispatcher`
         self._serving = self.catalogue.serving
         self._slots = books.slots
         self._buckets = self._wheel.buckets
