@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from luacell.client import BadRequest, HostContractCallFailed, LuaHostBridge, VmRegistrationFailed, WorkerCrashed
+from luacell.worker.process import DESCRIPTORS_MAX
 from tests.support.contracts import PROBE, deploy
 from tests.support.processes import worker_of
 from tests.support.serving import Serving
@@ -117,6 +118,12 @@ PROBES = {
     "unlink": Probe(87, "'/etc/passwd-'", "unlink('/etc/passwd-')", "int unlink(const char *);"),
     "prctl to be looked into": Probe(157, "4, 1, 0, 0, 0", "prctl(4, 1)", "int prctl(int, ...);"),
     "shmget": Probe(29, "0, 4096, 0x3b6", "shmget(0, 4096, 0x3b6)", "int shmget(int, size_t, int);"),
+    "shmat": Probe(30, "0, nil, 0", "shmat(0, nil, 0)", "long shmat(int, void *, int);"),
+    "shmctl": Probe(31, "0, 13, nil"),
+    "semctl": Probe(66, "0, 0, 12, 0"),
+    "semop": Probe(65, "0, nil, 1"),
+    "msgrcv": Probe(70, "0, nil, 0, 0, 2048"),
+    "mq_unlink": Probe(241, "'luacell-escape'"),
 }
 OTHER = "host.other@1"
 ROUTES = ("function", "syscall", "python")
@@ -311,6 +318,15 @@ def test_lua_library_gets_nowhere(serving: LuaHostBridge, name: str) -> None:
     text = LUA_ATTEMPTS[name].replace("{run}", os.fsdecode(words[words.index(b"--run-dir") + 1])).encode()
     assert serving.call("host.evaluate@1", len(text), text, 1) == b"\0"
     assert not Path("/tmp/luacell-escape").exists()
+
+
+def test_s12_worker_may_open_no_more_than_it_began_with(serving: LuaHostBridge) -> None:
+    deploy(serving, "return function() end", OTHER)
+    with closing(worker_of(serving, OTHER)) as worker:
+        limits = Path(f"/proc/{worker.pid}/limits").read_text().splitlines()
+    soft, hard = next(line for line in limits if line.startswith("Max open files")).split()[3:5]
+    assert soft == hard == str(DESCRIPTORS_MAX)
+    serving.unregister_host_contract(OTHER)
 
 
 def test_s13_workers_leave_no_core(serving: LuaHostBridge) -> None:

@@ -45,7 +45,7 @@ from luacell.worker.vm import OutOfLuaMemory, Vm
 CONNECT_LIMIT_S: Final = 5.0
 MAP_LIMIT_S: Final = 5.0  # a pair named by a call is on its way already
 IDLE_BEFORE_DISARM_MS: Final = 500
-DESCRIPTORS_MAX: Final = 1024  # soft limit, as usual; the worker host has raised its own
+DESCRIPTORS_MAX: Final = 1024  # as usual; the worker host has raised its own
 _UNBUFFERED: Final = 2  # _IONBF of stdio.h
 EXIT_BROKEN: Final = 70  # the worker itself cannot go on (EX_SOFTWARE)
 OUT_OF_MEMORY_TEXT: Final = b"Lua exception: not enough memory"
@@ -406,5 +406,6 @@ def _become_quiet(*kept: int) -> None:
         first = descriptor + 1
     os.closerange(first, min(limit, 1 << 20))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(DESCRIPTORS_MAX, hard), hard))
+    # The hard limit too: pipes and messages under way are the kernel's memory, which no other limit counts.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(DESCRIPTORS_MAX, hard),) * 2)
     os.chdir("/")

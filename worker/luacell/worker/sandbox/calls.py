@@ -122,13 +122,30 @@ DENIED: Final[Mapping[str, Mapping[str, int]]] = {
         "removexattrat": 466,
         "file_setattr": 469,
     },
-    # What would outlive the worker, or go on to others: objects of System V and POSIX that have names.
-    "what stays behind": {"shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240},
+    # What would outlive the worker, or go on to others: objects of System V and POSIX that have names. Landlock does
+    # not look at them, and those of other processes of the same user are found by counting, without any *get.
+    "what stays behind, and what others left": {
+        "shmget": 29,
+        "shmat": 30,
+        "shmctl": 31,
+        "semget": 64,
+        "semop": 65,
+        "semctl": 66,
+        "msgget": 68,
+        "msgsnd": 69,
+        "msgrcv": 70,
+        "msgctl": 71,
+        "semtimedop": 220,
+        "mq_open": 240,
+        "mq_unlink": 241,
+    },
     "the pace of other processes": {
         "setpriority": 141,
+        "sync": 162,
         "migrate_pages": 256,
         "ioprio_set": 251,
         "move_pages": 279,
+        "syncfs": 306,
         "sched_setattr": 314,
     },
 }
