@@ -483,7 +483,7 @@ def test_interrupt_in_a_call_is_102(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(bridge, "call", interrupted)
+        patched.setattr(bridge._link.calls, "call", interrupted)
         assert guest.call("count") == Answer(102, "KeyboardInterrupt: ")
     assert guest.call("count") == 1
 

@@ -302,7 +302,15 @@ class LuaHostBridge(Bridge):
         return self._typed.of(contract_id, self._request(description(contract_id), contract_id).body, types)
 
     def _call_typed(self, contract_id: int, fn_id: int, args: bytes, out_size: int, timeout: float | None) -> bytes:
-        return self.call(contract_id, fn_id, args, out_size, timeout=timeout)
+        if timeout is not None or self._state is not None or len(args) > PAYLOAD_MAX:
+            return self.call(contract_id, fn_id, args, out_size, timeout=timeout)
+        if self._dropped:  # as `call`, of what packers and descriptions have checked
+            self._destroy_dropped()
+        calls = self._link.calls
+        try:
+            return calls.call(contract_id, fn_id, args or None, None, out_size, 0)
+        except CallError as error:
+            return self._after(error, calls, Arguments(contract_id, fn_id, args or None, None, out_size, 0))
 
     # -- calls ----------------------------------------------------------------------------------------------------
     def call_host_contract(

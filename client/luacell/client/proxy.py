@@ -45,12 +45,14 @@ class Instance:
 
     Attributes:
         number: that names it there, among those of this host.
+        head: what names it at the head of arguments.
         is_made: whether the worker has said that it exists.
         is_used: whether a call may have changed its state.
     """
 
     def __init__(self, shared: Shared) -> None:
         self.number = secrets.randbits(_NUMBER_BITS) | 1  # 0 is the default one, of raw calls
+        self.head = _HEAD.pack(self.number, 0)
         self.is_made = False
         self.is_used = False
         self._seat: int | None = None  # set when it may exist
@@ -66,11 +68,7 @@ class Instance:
         with self._beginning:
             if self._seat is None:
                 self._seat = self._shared.take_seat()
-        return self.head()
-
-    def head(self) -> bytes:
-        """Return what names it at the head of arguments."""
-        return _HEAD.pack(self.number, 0)
+        return self.head
 
     def drop(self) -> None:
         """Have it destroyed by whoever next uses the bridge."""
@@ -110,19 +108,18 @@ class Steps:
         """Yield (function id, args, out size), and be sent the bytes that came; `StopIteration` carries the value."""
         shared, instance = self._shared, self._instance
         room, has_instance = shared.room(marshaller, name), not shared.description.contract.singleton
-        fn_id, args, fetch_id, is_new, creations = marshaller.fn_id, payload, fn_id_in(0, FETCH), False, 0
+        fn_id, args, is_new, creations = marshaller.fn_id, payload, False, 0
         while True:
             if has_instance:
                 is_new = not instance.is_made
                 if is_new:  # callers at once may each do this: it is made once
                     creations += 1
-                    head = instance.begin()
+                    head = instance.begin()  # before its function ids are asked for
                     yield instance.fn_id(CREATE), head, 0
                     instance.is_made = True
                 else:
                     instance.is_used = True
-                args = instance.head() + payload
-                fn_id, fetch_id = instance.fn_id(marshaller.fn_id), instance.fn_id(FETCH)
+                fn_id, args = instance.fn_id(marshaller.fn_id), instance.head + payload
             try:
                 result = yield fn_id, args, room
             except BufferTooSmall as error:
@@ -131,6 +128,7 @@ class Steps:
                 if match is None or int(match[1]) > PAYLOAD_MAX:
                     raise
                 shared.learn(marshaller, name, int(match[1]))
+                fetch_id = instance.fn_id(FETCH) if has_instance else fn_id_in(0, FETCH)
                 result = yield fetch_id, _TOKEN.pack(int(match[2])), int(match[1])
             except StaleHandle as error:
                 is_lost = error.message.startswith(_GONE)

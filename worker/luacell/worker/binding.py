@@ -54,7 +54,7 @@ def binding_source(contract: Contract, enums: tuple[Enum, ...] = ()) -> str:
     functions = "\n".join(texts)
     return f"""local typed = ...
 local ffi = require("ffi")
-local cast, new = ffi.cast, ffi.new
+local cast, fill, new = ffi.cast, ffi.fill, ffi.new
 {types}local functions, arrays = {{}}, {{}}
 {functions}
 local names = {{
@@ -135,11 +135,17 @@ class _Generator:
             lines += [call, "return 0"]
         else:
             lines.append(f"local result = {call}")
-            lines.append(f"local tail = typed.tail({layout.result.size})")
-            lines.append(f"local fixed = new('uint8_t[{layout.result.size}]')")
+            size, where = layout.result.size, quoted(self._where)
+            if _varies(function.result):
+                lines += [f"local tail = typed.tail({size})", f"local fixed = new('uint8_t[{size}]')"]
+            else:  # written where it goes, if there is room: nothing is allocated
+                lines += [f"local fits = out_size >= {size}", f"local fixed = fits and out or new('uint8_t[{size}]')"]
+                if isinstance(function.result, Struct):
+                    lines.append(f"fill(fixed, {size})")
             lines += self._write(function.result, "fixed", "0", "result", f"{self._where}: result")
-            where = quoted(self._where)
-            lines.append(f"return typed.deliver(arena, out, out_size, tail, fixed, {layout.result.size}, {where})")
+            if not _varies(function.result):
+                lines += [f"if fits then return {size} end", f"local tail = typed.tail({size})"]
+            lines.append(f"return typed.deliver(arena, out, out_size, tail, fixed, {size}, {where})")
         body = "\n".join(f"  {line}" for line in lines)
         head = f"functions[{function.id}] = function(self, arena, payload, args_size, out, out_size)"
         return "\n".join([*self._arrays, head, body, "end"])
