@@ -87,7 +87,7 @@ SCENES: Final[dict[str, Scene]] = {
     "timer Inquiry": scenes.late_and_nobody_looks,
     "timer Worker": scenes.slow,
     "timer Contract": scenes.frail,
-    "timer Waiter": scenes.stillborn,
+    "timer Waiter": scenes.spare_taken,
     **dict.fromkeys(
         (
             "inline CALL_INLINE",

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,9 +16,9 @@ from luacell.protocol.limits import INLINE_PIECE
 from luacell.protocol.paths import BROKER_SOCKET
 from tests.support.contracts import ECHO, PROBE, deploy, failure, function, write_deployment
 from tests.support.peers import InlinePeer, Peer
-from tests.support.processes import Process, Processes, children_of
+from tests.support.processes import Processes
 from tests.support.typed_contracts import COUNTER_LUA, counter_api, deploy_typed
-from tests.support.waiting import LIMIT_S, eventually
+from tests.support.waiting import LIMIT_S
 
 VICTIM: Final = "host.victim@1"
 CALLER: Final = "host.caller@1"
@@ -220,39 +220,30 @@ def carried(stage: Stage) -> Iterator[Step]:
 
 
 def frail(stage: Stage) -> Iterator[Step]:
-    """A contract crashes and does not load again."""
+    """A contract is to have another worker, where it does not load again; its calls wait meanwhile."""
     bridge = stage.host()
     files = stage.directory / "files"
     files.mkdir(exist_ok=True)
     needed = files / "needed"
     needed.touch()
     source = f'assert(io.open("{needed}"), "it is not there")\n{SOURCE}'
-    yield lambda: deploy(bridge, source, FRAIL, read=[str(files)])
+    yield lambda: deploy(bridge, source, FRAIL, read=[str(files)], stateless=True, workers=2)
+    yield lambda: bridge.call(FRAIL, 5)
     yield needed.unlink
-    yield lambda: failure(bridge, FRAIL, 1)
-    yield lambda: failure(bridge, FRAIL, 4, timeout=1.0)
+
+    async def play() -> None:
+        async with AsyncLuaHostBridge.connect(stage.run_directory) as other:
+            await asyncio.gather(*(other.call(FRAIL, 5) for _ in range(12)))
+
+    yield lambda: asyncio.run(play())
+    yield lambda: bridge.unregister_host_contract(FRAIL)
 
 
-def stillborn(stage: Stage) -> Iterator[Step]:
-    """A worker dies while it starts."""
+def spare_taken(stage: Stage) -> Iterator[Step]:
+    """A contract takes a spare, which is replaced a moment later."""
     bridge = stage.host()
-    worker_host = stage.service().worker_host
-
-    def kill_next() -> bool:
-        for pid in set(children_of(worker_host.pid)) - known:
-            with suppress(AssertionError, ProcessLookupError), closing(Process(pid)) as started:
-                started.kill()
-                return started.ends_within()
-        return False
-
-    def kill_one() -> None:
-        with suppress(AssertionError):  # it may have been too quick for us
-            eventually(kill_next, "another worker is started", 1)
-
-    for _ in range(20):
-        known = set(children_of(worker_host.pid))
-        yield lambda: bridge.register_host_contract(VICTIM, LuaFunction(SOURCE), replace=True)
-        yield kill_one
+    yield lambda: bridge.register_host_contract(VICTIM, LuaFunction(SOURCE), replace=True)
+    yield lambda: bridge.call(VICTIM, 5)
 
 
 def worker_host_leaves(stage: Stage) -> Iterator[Step]:
@@ -266,11 +257,6 @@ def signalled(stage: Stage) -> Iterator[Step]:
     """The broker is told to end alone."""
     broker = stage.service().broker
     yield lambda: broker.send(signal.SIGTERM)
-
-
-def nothing(stage: Stage) -> Iterator[Step]:
-    """Time passes."""
-    yield lambda: None
 
 
 def _deploy_unit(bridge: LuaHostBridge, directory: Path) -> None:
