@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from luacell.client import AbiErrorCode, LuaHostBridge, TooLarge, WorkerCrashed
+from luacell.client import AbiErrorCode, CallError, DeadlineExceeded, LuaHostBridge, TooLarge, WorkerCrashed
 from luacell.protocol.headers import HAS_ARGS, HAS_OUT
 from luacell.protocol.limits import MIB, PAYLOAD_MAX
 from luacell.protocol.memory.segments import Mapping
@@ -20,8 +21,9 @@ from tests.soak import late_writes
 from tests.support.children import child_process
 from tests.support.contracts import ECHO, HEALTHY, PROBE, Stopwatch, answers, deploy, failure
 from tests.support.peers import Peer
-from tests.support.processes import Processes, descriptors_of, mappings_of
-from tests.support.waiting import LIMIT_S, settles
+from tests.support.processes import Processes, descriptors_of, mappings_of, services_of
+from tests.support.scheduling import Scheduling
+from tests.support.waiting import LIMIT_S, eventually, settles
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"flags": HAS_ARGS | HAS_OUT, "args_size": 4, "out_size": 4}
@@ -162,6 +164,49 @@ def test_m05_handles_that_are_not_good_are_stale_or_unauthorized(
 
 def test_m07_worker_that_is_timed_out_never_writes_into_a_slot_that_is_used_again() -> None:
     late_writes.run(1, rounds=8).check()
+
+
+GRACE_S = 0.25  # promised after a deadline
+SPOILT_S = 0.3  # the deadline of calls that spoil their segment, and how long they may run
+SLOT = "local words = ffi.cast('uint64_t *', ffi.cast('uintptr_t', out) - ffi.cast('uintptr_t', out) % 4096)\n"
+RANDOM = "for n = 0, 511 do words[n] = math.random(0, 2^53) end"
+
+
+@pytest.mark.usefixtures("load")
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param("ffi.fill(words, 65536, 255)", id="ones"),
+        pytest.param("ffi.fill(words, 65536)", id="zeros"),
+        pytest.param("words[1] = words[0] words[2] = -1ULL words[3] = -1ULL", id="sizes without end"),
+        pytest.param(RANDOM, id="random words"),
+        pytest.param(f"while true do {RANDOM} end", id="random words for ever"),
+        pytest.param("words[1] = words[0] while true do end", id="posing as done"),
+        pytest.param("words[0] = 0 while true do end", id="posing as not begun"),
+        pytest.param("words[0] = 0 ffi.cast('int *', 0)[0] = 1", id="crashing as not begun"),
+        pytest.param("words[0] = words[0] + 1 words[1] = words[0] while true do end", id="ahead of the broker"),
+    ],
+)
+def test_m06_spoiling_the_segment_spoils_its_own_call_alone(
+    bridge: LuaHostBridge, contract: Thrower, body: str
+) -> None:
+    contract(SLOT + body, deadline=f"{SPOILT_S}s")
+    broker = bridge.health()["broker_pid"]
+    for _ in range(2):
+        with Scheduling(*services_of(bridge)) as delays, Stopwatch() as stopwatch, suppress(CallError):
+            bridge.call(PROBE, 1, b"x", 8)
+        assert stopwatch.seconds <= SPOILT_S + GRACE_S + delays.latest_s + delays.waited_s
+        eventually(lambda: _is_served_again(bridge), "its worker goes on, or another has come")
+        bridge.revive(PROBE)
+    assert bridge.health()["broker_pid"] == broker
+    settles(lambda: _in_use(bridge), 0, "its slots are free")
+
+
+def _is_served_again(bridge: LuaHostBridge) -> bool:
+    try:
+        return serves(bridge)
+    except DeadlineExceeded:
+        return False  # behind a call that poses as another one, until that is killed
 
 
 @pytest.mark.usefixtures("load")

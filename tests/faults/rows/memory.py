@@ -13,6 +13,12 @@ ROWS: Final = (
     Row("M04", "sizes and slots that are out of range", "BAD_REQUEST, StaleHandle", "the broker's books"),
     Row("M05", "handles that are unknown, foreign, freed, off by one", "StaleHandle, UNAUTHORIZED", "generations"),
     Row(
+        "M06",
+        "the contract spoils all that it can write of its segment: the words of its slot, once or for ever",
+        "an answer, or a typed failure by the deadline; its worker ends at run_limit; hosts and broker go on",
+        "what stands there is compared and clamped; the broker has books of its own",
+    ),
+    Row(
         "M07",
         "a worker that is timed out writes on, its slot is used again",
         "never seen there",
