@@ -4,6 +4,7 @@ import pytest
 
 from luacell.broker.quarantine import (
     CRASHES_MAX,
+    CRASHES_OF_ALL_MAX,
     HOSTS_MAX,
     PERIOD_NS,
     REST_FIRST_NS,
@@ -130,8 +131,33 @@ def test_a_rest_that_nobody_asks_about_is_forgotten(quarantine: Quarantine) -> N
     assert not quarantine.is_in_force
 
 
+def test_hosts_that_crash_it_once_each_stop_the_contract_for_all(quarantine: Quarantine) -> None:
+    hosts = [str(number).encode() for number in range(CRASHES_OF_ALL_MAX)]
+    assert [crash(quarantine, host, times=1) for host in hosts] == [False] * (CRASHES_OF_ALL_MAX - 1) + [True]
+    assert quarantine.wait_ns(THIRD, START_NS) == REST_FIRST_NS
+    assert not quarantine.hosts
+    assert not crash(quarantine, hosts[0], times=1), "one that was under way"
+
+
+def test_hosts_that_crash_it_once_each_and_seldom_do_not_add_up(quarantine: Quarantine) -> None:
+    for number in range(4 * CRASHES_OF_ALL_MAX):
+        now_ns = START_NS + number * (PERIOD_NS // (CRASHES_OF_ALL_MAX - 1) + 1)
+        assert not crash(quarantine, str(number).encode(), times=1, now_ns=now_ns)
+
+
+def test_crashes_of_a_host_that_rests_are_not_counted_for_all(quarantine: Quarantine) -> None:
+    crash(quarantine)
+    assert not crash(quarantine, OTHER, times=CRASHES_MAX - 1)
+    assert not crash(quarantine, THIRD, times=CRASHES_MAX - 1)
+    assert quarantine.whole is None
+
+
 def test_the_crashes_of_so_many_hosts_are_remembered(quarantine: Quarantine) -> None:
+    crash(quarantine, OTHER)
+    crash(quarantine, THIRD)
+    assert quarantine.whole is not None, "so that what is under way yet is not counted for all"
     crash(quarantine, times=CRASHES_MAX - 1)
     for number in range(HOSTS_MAX):
         crash(quarantine, str(number).encode(), times=1)
     assert not crash(quarantine, times=1)
+    assert HOST not in quarantine.hosts

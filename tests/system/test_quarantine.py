@@ -121,6 +121,20 @@ def test_p12_two_hosts_that_crash_it_stop_the_contract_for_all(shared_serving: S
             assert each.call(PROBE, 0, GOOD, 1) == b"\x07"
 
 
+def test_p12_hosts_that_crash_it_once_each_stop_the_contract_for_all(
+    shared_serving: Serving, bridge: LuaHostBridge
+) -> None:
+    for _ in range(2 * CRASHES):
+        with LuaHostBridge.connect(shared_serving.run_directory) as passing:
+            crash(passing, times=1)
+    resting = failure(bridge, PROBE, args=GOOD, out_size=1)
+    assert isinstance(resting, Quarantined)
+    assert "for all hosts, calls of several have crashed it" in resting.message
+    assert answers(bridge, HEALTHY)
+    assert bridge.revive(PROBE)
+    assert bridge.call(PROBE, 0, GOOD, 1) == b"\x07"
+
+
 def test_p12_what_waits_in_another_seat_of_a_typed_contract_rests_at_once(
     bridge: LuaHostBridge, tmp_path: Path
 ) -> None:

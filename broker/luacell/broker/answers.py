@@ -116,9 +116,12 @@ def resting(contract: Contract, wait_ns: int) -> Refusal:
 
 
 def _resting(title: str, contract: Contract, retry_after: float) -> str:
-    for_whom = "" if contract.quarantine.whole is not None else " for this host"
+    if contract.quarantine.whole is not None:
+        why = "for all hosts, calls of several have crashed it"
+    else:
+        why = f"for this host, its calls crashed {CRASHES_MAX} times within {PERIOD_NS // NS_PER_S} s"
     return (
-        f"{title}: quarantined{for_whom}, its calls crashed {CRASHES_MAX} times within {PERIOD_NS // NS_PER_S} s; "
+        f"{title}: quarantined {why}; "
         f"retry in {retry_after:.3g} s, or mend it: `luacell revive {contract.record.title}` ends this"
     )
 

@@ -1,7 +1,8 @@
 """Quarantine: which host's calls to a contract rest because they crash it, for how long, and when one may try again.
 
 It counts crashes per contract and host, so that a host whose arguments kill a contract hurts nobody else; what kills it
-for two hosts is the contract's own fault, and then it rests for all. It is told of crashes and asked for leave; it
+for two hosts is the contract's own fault, and then it rests for all; so it does for as many crashes of more hosts, such
+as programs that connect for one call each. It is told of crashes and asked for leave; it
 knows no workers, and what is a crash the dispatcher decides. Times come from outside.
 
     serving ──CRASHES_MAX crashes within PERIOD_NS──> resting ──back-off over, a call──> trying
@@ -18,6 +19,7 @@ from typing import Final, Protocol
 from luacell.protocol.limits import NS_PER_S
 
 CRASHES_MAX: Final = 5  # in a period; these are answered as what they are
+CRASHES_OF_ALL_MAX: Final = 2 * CRASHES_MAX  # of hosts that do not rest themselves
 PERIOD_NS: Final = 30 * NS_PER_S
 REST_FIRST_NS: Final = 1 * NS_PER_S
 REST_MAX_NS: Final = 60 * NS_PER_S
@@ -130,12 +132,21 @@ class Quarantine:
         times.append(now_ns)
         if len(times) < CRASHES_MAX or now_ns - times[0] > PERIOD_NS:
             self._bound_hosts(host)
-            return bool(tried)
+            return self._many_hosts_crash(now_ns) or bool(tried)
         del self._crashes[host]
         self._forget(now_ns)
         self.hosts[host] = Rest(REST_FIRST_NS, now_ns + REST_FIRST_NS)
         if len(self.hosts) > 1 and self.whole is None:
             self.whole = Rest(REST_FIRST_NS, now_ns + REST_FIRST_NS)
+        return True
+
+    def _many_hosts_crash(self, now_ns: int) -> bool:
+        """Have the contract rest for all where hosts of which each crashed it a few times come to many together."""
+        times_ns = [time_ns for each in self._crashes.values() for time_ns in each if now_ns - time_ns <= PERIOD_NS]
+        if self.whole is not None or len(times_ns) < CRASHES_OF_ALL_MAX:
+            return False
+        self._crashes.clear()
+        self.whole = Rest(REST_FIRST_NS, now_ns + REST_FIRST_NS)
         return True
 
     def _bound_hosts(self, latest: bytes) -> None:
