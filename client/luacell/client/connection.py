@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from luacell.client.stream_wire import StreamWire
-from luacell.client.wire import Wire
+from luacell.client.wire import Wire, WireFull
 from luacell.protocol import headers
 from luacell.protocol.errors import ProtocolError, Unavailable
 from luacell.protocol.headers import Op
@@ -95,6 +95,8 @@ def connect(run_directory: Path, limit_s: float = CONNECT_LIMIT_S) -> Connection
         channel.close()
         if isinstance(error, ProtocolError):
             raise Unavailable(f"the broker at {run_directory} does not answer: {error}", began="no") from None
+        if isinstance(error, WireFull):
+            raise Unavailable(f"the broker at {run_directory} hung up in the greeting", began="no") from None
         raise
     channel.setblocking(False)
     return Connection(channel, wire, welcome)

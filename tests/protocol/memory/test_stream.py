@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -106,6 +107,24 @@ def test_who_hangs_up_in_the_greeting_is_gone(path: Path) -> None:
 
     with server(path, hang_up), pytest.raises(ChannelClosed, match="ended in the greeting"):
         connect_stream(path, b"id", LIMIT_S)
+
+
+def test_who_hangs_up_in_the_greeting_costs_no_sigpipe(path: Path) -> None:
+    """Programs that want to die of it, as command lines do, mean their own output."""
+
+    def stop_reading(connection: socket.socket) -> None:
+        connection.recv(zmtp.GREETING_SIZE, socket.MSG_WAITALL)
+        connection.shutdown(socket.SHUT_RD)
+        connection.sendall(zmtp.GREETING)
+
+    seen: list[int] = []
+    before = signal.signal(signal.SIGPIPE, lambda number, _: seen.append(number))
+    try:
+        with server(path, stop_reading), pytest.raises(BrokenPipeError):
+            connect_stream(path, b"id", LIMIT_S)
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+    assert seen == []
 
 
 def test_what_speaks_something_else_is_refused(path: Path) -> None:

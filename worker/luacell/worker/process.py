@@ -163,7 +163,7 @@ class WorkerProcess:
 
     def _send(self, message: bytes) -> None:
         """Say something that is no answer; waits where the broker is slow to read."""
-        self._stream.sendall(zmtp.frame(message))
+        self._stream.sendall(zmtp.frame(message), socket.MSG_NOSIGNAL)
 
     def _handle(self, message: bytes) -> None:
         """Act on a message that has no calls."""

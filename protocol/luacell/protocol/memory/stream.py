@@ -34,9 +34,9 @@ def connect_stream(path: Path, routing_id: bytes, timeout_s: float) -> socket.so
     try:
         set_timeouts(stream, timeout_s)
         stream.connect(os.fspath(path))
-        stream.sendall(zmtp.GREETING)
+        stream.sendall(zmtp.GREETING, socket.MSG_NOSIGNAL)
         zmtp.check_greeting(_read(stream, zmtp.GREETING_SIZE))
-        stream.sendall(zmtp.ready(routing_id))
+        stream.sendall(zmtp.ready(routing_id), socket.MSG_NOSIGNAL)
         zmtp.check_ready(_read(stream, zmtp.ready_size(_read(stream, zmtp.COMMAND_HEADER_SIZE))))
         set_timeouts(stream, 0.0)
     except BlockingIOError:
