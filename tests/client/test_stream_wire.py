@@ -158,7 +158,7 @@ def test_what_came_before_the_end_counts(pair: Pair, rest: bytes) -> None:
 def test_result_of_the_call_alone_is_taken_at_once(pair: Pair) -> None:
     pending, calls = called(7), {7: called(7), 8: called(8)}
     speaker = pair.say(zmtp.frame(result(7)))
-    assert eventually(lambda: pair.wire.read_result(pending, calls, pair.taken.append, is_waiting=True), "it came")
+    assert eventually(lambda: pair.wire.read_result(pending, calls, pair.taken.append), "it came")
     speaker.join()
     assert pending.is_done
     assert pending.answer == (7, 0, 4, 0, SLOT_FREE)
@@ -178,17 +178,16 @@ def test_anything_else_is_left_to_be_read(pair: Pair, messages: list[bytes]) -> 
     assert pair.wire.fileno() in select.select([pair.wire.fileno()], [], [], LIMIT_S)[0]
     if len(messages) == 2:
         speaker.join()
-    assert not pair.wire.read_result(pending, calls, pair.taken.append, is_waiting=False)
+    assert not pair.wire.read_result(pending, calls, pair.taken.append)
     assert not pending.is_done
     assert pair.read(len(messages)) == messages
     speaker.join()
 
 
-def test_no_result_in_time_is_none(pair: Pair) -> None:
-    for is_waiting in (True, False):
-        assert not pair.wire.read_result(called(1), {}, pair.taken.append, is_waiting=is_waiting)
+def test_no_result_is_none(pair: Pair) -> None:
+    assert not pair.wire.read_result(called(1), {}, pair.taken.append)
     pair.broker.close()
-    assert not pair.wire.read_result(called(1), {}, pair.taken.append, is_waiting=True)
+    assert not pair.wire.read_result(called(1), {}, pair.taken.append)
 
 
 # -- sending ----
@@ -291,9 +290,7 @@ def survives_a_result(line: int, way: str) -> bool:
         pair.broker.sendall(zmtp.frame(result(7)))
         act = pair.look if way == "reads" else None
         calls = {7: pending}
-        is_reached = interrupted(
-            line, act, lambda: pair.wire.read_result(pending, calls, pair.taken.append, is_waiting=True)
-        )
+        is_reached = interrupted(line, act, lambda: pair.wire.read_result(pending, calls, pair.taken.append))
         pair.look()
         assert pending.is_done or pair.taken == [result(7)], f"line {line}"
         pair.is_in_step()

@@ -170,6 +170,7 @@ def test_host_that_ends_takes_its_service_with_it(mode: str) -> None:
 
 def test_ctrl_c_reaches_the_host_alone() -> None:
     with Host("idle") as host:
+        eventually(lambda: sleeps(host.process.pid), "the host waits to be told to go on")
         os.killpg(host.process.pid, signal.SIGINT)
         assert host.told() == {"interrupted": True}
         host.go_on()

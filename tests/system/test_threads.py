@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -26,7 +29,7 @@ from tests.support.children import child_process
 from tests.support.contracts import DOUBLE, HEALTHY, NUMBERED, PROBE, Stopwatch, answers, deploy, function
 from tests.support.environment import untraced
 from tests.support.holdings import holdings, holds_no_more_than
-from tests.support.processes import thread_count
+from tests.support.processes import Processes, thread_count
 from tests.support.waiting import LIMIT_S, eventually
 
 ROOT = Path(__file__).parents[2]
@@ -187,6 +190,74 @@ def test_interrupted_call_leaves_a_usable_bridge_and_its_slot_comes_back(threads
 def test_call_interrupted_at_any_moment_leaves_a_usable_bridge() -> None:
     (line,) = interrupt(100, 0, lambda _: True)
     assert line.startswith("interrupted 100 100 wrong []")
+
+
+# -- signal handlers ----
+@contextmanager
+def signals(
+    act: Callable[[], object], pauses_s: Iterable[float], begins: threading.Semaphore | None = None
+) -> Iterator[None]:
+    """Have a handler of this thread act, after each of the pauses; each begins with a release of `begins`."""
+
+    def send() -> None:
+        for pause_s in pauses_s:
+            if begins is not None:
+                begins.acquire(timeout=LIMIT_S)
+            is_over.wait(pause_s)
+            if is_over.is_set():
+                return
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    is_over = threading.Event()
+    before = signal.signal(signal.SIGUSR1, lambda *_: act())
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        if begins is not None:
+            begins.release()
+        sender.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_signal_handlers_may_call_in_the_middle_of_a_call(bridge: LuaHostBridge) -> None:
+    spin = "local ends = luacell.deadline() - 0.02 while luacell.deadline() > ends do end"
+    deploy(bridge, function(spin), deadline="10s")
+    rounds = 30
+    fresh = [f"host.fresh{number}@1" for number in range(rounds)]  # a host asks for memory at the first call
+    for name in fresh:
+        deploy(bridge, DOUBLE, name)
+    answered: list[bool] = []
+    begins = threading.Semaphore(0)
+
+    def act() -> None:
+        answered.append(answers(bridge, fresh[len(answered)]))
+
+    with Stopwatch() as stopwatch, signals(act, [number * 0.001 for number in range(rounds)], begins):
+        for number in range(rounds):
+            begins.release()
+            while len(answered) <= number:
+                bridge.call(PROBE, 0)
+    assert answered == [True] * rounds
+    assert stopwatch.seconds < 10.0  # none has waited for its deadline
+
+
+def test_signals_do_not_put_off_deadlines(bridge: LuaHostBridge) -> None:
+    deploy(bridge, DOUBLE)
+    assert answers(bridge, PROBE)
+    seen: list[int] = []
+    with (
+        Processes.of(bridge) as processes,
+        processes.broker.stopped(),
+        signals(lambda: seen.append(1), repeat(0.005)),
+        Stopwatch() as stopwatch,
+        pytest.raises(Unavailable),
+    ):
+        bridge.call(PROBE, 0, bytes(4), 4, timeout=0.2)
+    assert len(seen) > 10
+    assert stopwatch.seconds < 2.0
 
 
 # -- closing ----

@@ -433,7 +433,7 @@ class LuaHostBridge(Bridge):
 
     def _renew(self, lost: Calls | InlineCalls, budget: Budget) -> Calls | InlineCalls:
         """Return the calls of another session than the lost one."""
-        return uninterrupted(lambda: self._link.renew(lost, budget.until_s))
+        return uninterrupted(lambda: self._link.renew(lost, budget.until_s), is_within=lost.session.is_within())
 
     # -- the rest -------------------------------------------------------------------------------------------------
     def health(self) -> dict[str, Any]:

@@ -169,7 +169,10 @@ class Calls:
         """
         thread, until_s = get_ident(), time.monotonic() + limit_s
         for _ in range(LEASES_MAX):
-            arena = uninterrupted(lambda: self._make_room(contract_id, args_size, out_size, thread, until_s))
+            arena = uninterrupted(
+                lambda: self._make_room(contract_id, args_size, out_size, thread, until_s),
+                is_within=self._session.is_within(),
+            )
             with self._session.lock:
                 slot = arena.take(args_size, out_size)
             if slot is not None:
@@ -226,7 +229,7 @@ class Calls:
             with self._session.lock, suppress(Unavailable):
                 self._memory.forget(contract_id)
 
-        uninterrupted(forget)
+        uninterrupted(forget, is_within=self._session.is_within())
 
     # -- the end --------------------------------------------------------------------------------------------------
     def close(self) -> None:

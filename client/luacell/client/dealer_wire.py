@@ -53,12 +53,12 @@ class DealerWire:
     def flush(self) -> None:
         """Do nothing: libzmq sends by itself."""
 
-    def read_result(self, pending: Pending, calls: dict[int, Pending], take: Take, *, is_waiting: bool) -> bool:
+    def read_result(self, pending: Pending, calls: dict[int, Pending], take: Take) -> bool:
         """Take the next message, which is never just a result, so that it has not to be waited for again."""
         if self._inbox[0]:
             return False
         try:
-            size = self._receive(self._inbox, flags=0 if is_waiting else _NOBLOCK)
+            size = self._receive(self._inbox, flags=_NOBLOCK)
         except zmq.Again:
             return False
         self._take(size, take)

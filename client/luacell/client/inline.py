@@ -23,7 +23,7 @@ from luacell.client.ledger import Ledger
 from luacell.client.pending import Answer, Pending
 from luacell.client.replies import raise_for, raise_from_slot
 from luacell.client.session import FULL, Session
-from luacell.client.wire import ALONE_MS, HIGH_WATER_MARK, WireFull
+from luacell.client.wire import HIGH_WATER_MARK, WireFull
 from luacell.protocol import headers, messages
 from luacell.protocol.errors import ProtocolError, Unavailable
 from luacell.protocol.headers import HAS_ARGS, HAS_OUT, Op
@@ -283,7 +283,6 @@ def _connect(address: str, limit_s: float) -> Connection:
     dealer.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
     dealer.setsockopt(zmq.MAXMSGSIZE, MESSAGE_MAX)
     dealer.setsockopt(zmq.RECONNECT_IVL, -1)
-    dealer.setsockopt(zmq.RCVTIMEO, ALONE_MS)
     dealer.setsockopt(zmq.IPV6, int("[" in address))
     line = Line(dealer)
     try:

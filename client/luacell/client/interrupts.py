@@ -14,17 +14,19 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def uninterrupted(work: Callable[[], T], *, is_short: bool = False) -> T:
+def uninterrupted(work: Callable[[], T], *, is_within: bool = False, is_short: bool = False) -> T:
     """Do a piece of work to its end, whatever is raised in this thread meanwhile.
 
     Args:
         work: takes the locks that it needs; the caller holds none of them.
+        is_within: what this thread does beneath, interrupted by a signal handler, holds up other threads: the work is
+            done in this one, for another would wait until the handler is over.
         is_short: an interrupted caller waits for the end, and is interrupted then.
 
     Returns:
         What it returned; an interrupted caller does not hear of it.
     """
-    if threading.get_ident() != threading.main_thread().ident:
+    if is_within or threading.get_ident() != threading.main_thread().ident:
         return work()
     results: list[T] = []
     errors: list[BaseException] = []

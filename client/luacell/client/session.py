@@ -4,6 +4,8 @@ Callers send for themselves; of those that wait, one reads for all. Whoever touc
 no message unread behind it where the wire forgets. The reader waits outside the lock, on the wire's descriptor, the
 channel (grants, and the end of the broker) and a wake-up.
 
+A signal handler may make a call where its thread waits as the reader: that call reads in the reader's place.
+
 It moves messages and wakes their owners; what a message means is the ledger's, slots, contracts and exceptions are
 the bridge's.
 """
@@ -37,6 +39,7 @@ from luacell.protocol.messages import Message, encode
 REQUEST_LIMIT_S: Final = REQUEST_LIMIT_NS / NS_PER_S
 _MS: Final = 1000
 
+ALONE_MS: Final = 20  # how long the only thread waits for its answer alone before it waits for everything
 FULL: Final = "the broker takes no messages: it is gone or overloaded"
 LAST_WORDS_S: Final = 0.05  # for what has been received of a broker that is gone, but not yet handed over
 
@@ -66,11 +69,13 @@ class Session:
         self._request_ids = count(1)
         self._reader: Pending | None = None
         self._reader_thread = 0
+        self._within: Pending | None = None  # of a signal handler, whose thread is the reader
         self._only_thread: int | None = None  # the one thread that has made calls; 0: there were others
         self._is_closed = False
         self._is_ending = False  # the channel or the wire is at its end
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
+        self._poll_wire = select.poll()
         self._wire_fd = self._wire.fileno()
         self._wants_room = False  # whether the poll is to tell when the wire can be written
         self._channel_fd = self._channel.fileno()
@@ -78,6 +83,7 @@ class Session:
         self._read_aside: Callable[[], bool] = lambda: False
         for descriptor in (self._wire_fd, self._channel_fd, self._wake):
             self._poll.register(descriptor, select.POLLIN)
+        self._poll_wire.register(self._wire_fd, select.POLLIN)
 
     @classmethod
     def connect(cls, run_directory: Path, limit_s: float = CONNECT_LIMIT_S) -> Session:
@@ -139,18 +145,19 @@ class Session:
                 raise self._not_sent() from None
             is_reader = self._reader is None
             if is_reader:
+                self._reader_thread = thread  # first, for a signal handler's call
                 self._reader = pending
-                self._reader_thread = thread
-                if thread == self._only_thread:
-                    # Waiting there, under the lock, is cheaper; another thread that comes along waits for it once.
-                    if self._wire.read_result(pending, self._calls, self.ledger.take, is_waiting=True):
-                        self._reader = None
-                        return
-                    self._read_all()
             if self._forgets:
                 self._read_all()
             elif self._wire.has_unsent:
                 self._want_room()
+        # Waiting for the wire alone is cheaper, and enough for a moment where no other thread may close the session.
+        if is_reader and thread == self._only_thread and self._poll_wire.poll(ALONE_MS):
+            with self.lock:
+                if not self._is_closed and self._wire.read_result(pending, self._calls, self.ledger.take):
+                    self._pass_on()
+                    return
+                self._read_all()
         until_s = time.monotonic() + limit_s
         if not is_reader or not self._read_own(pending, limit_s * _MS):
             self.wait(pending, until_s - time.monotonic(), "an answer by its deadline")
@@ -276,6 +283,10 @@ class Session:
             self._read_grants()
         return Unavailable(self.ledger.lost or FULL, began="no")
 
+    def is_within(self) -> bool:
+        """Whether this thread is in the middle of a call or request already: the next one is a signal handler's."""
+        return _is_owned(self.lock) or (self._reader is not None and self._reader_thread == get_ident())
+
     # -- waiting --------------------------------------------------------------------------------------------------
     def wait(self, pending: Pending, limit_s: float, expected: str) -> None:
         """Wait until `pending` is answered, reading for everybody where nobody else does.
@@ -292,7 +303,9 @@ class Session:
         try:
             while not pending.is_done and (left_s := until_s - time.monotonic()) > 0:
                 if self._reader is pending or (self._reader is None and self._become_reader(pending)):
-                    self._read_until(pending, until_s)
+                    self._read_until(pending, until_s, self._poll)
+                elif self._reader_thread == get_ident():
+                    self._read_within(pending, until_s)
                 else:
                     self._follow(pending, left_s)
         finally:
@@ -319,20 +332,24 @@ class Session:
         with self.lock:
             if self._is_closed:
                 return False
-            if not self._wire.read_result(pending, self._calls, self.ledger.take, is_waiting=False):
+            if not self._wire.read_result(pending, self._calls, self.ledger.take):
                 self._read_all()
                 return False
-            self._reader = None
-            if self._calls or self._requests:
-                self._appoint_reader()
+            self._pass_on()
             return True
+
+    def _pass_on(self) -> None:
+        """Stop being the reader, which we are. Under the lock."""
+        self._reader = None
+        if self._calls or self._requests:
+            self._appoint_reader()
 
     def _become_reader(self, pending: Pending) -> bool:
         with self.lock:
             if self._reader is not None or pending.is_done:
                 return False
+            self._reader_thread = get_ident()  # first, for a signal handler's call
             self._reader = pending
-            self._reader_thread = get_ident()
             self._read_all()  # before we wait for the signal that there is more
             return True
 
@@ -346,13 +363,27 @@ class Session:
                 bell = pending.bell = Bell()
         bell.wait(left_s)
 
-    def _read_until(self, pending: Pending, until_s: float) -> None:
+    def _read_within(self, pending: Pending, until_s: float) -> None:
+        """Read in a signal handler, which has interrupted this thread as the reader; that goes on afterwards."""
+        poll = select.poll()  # the reader's is in use
+        for descriptor in (self._wire_fd, self._channel_fd, self._wake):
+            poll.register(descriptor, select.POLLIN)
+        outer, self._within = self._within, pending
+        try:
+            if self._wire.has_unsent:
+                poll.register(self._wire_fd, select.POLLIN | select.POLLOUT)
+            self._read_until(pending, until_s, poll)
+        finally:
+            self._within = outer
+            os.eventfd_write(self._wake, 1)  # its answer may have come
+
+    def _read_until(self, pending: Pending, until_s: float, poll: select.poll) -> None:
         """Read for all until `pending` is answered or time is up, then leave the reading to another."""
         while not pending.is_done and (left_s := until_s - time.monotonic()) > 0:
-            ready = self._poll.poll(left_s * _MS + 1)
+            ready = poll.poll(left_s * _MS + 1)
             descriptors = [descriptor for descriptor, _ in ready]
             if self._channel_fd in descriptors:
-                uninterrupted(self._read_channel)
+                uninterrupted(self._read_channel, is_within=_is_owned(self.lock))
             if self._aside_fd in descriptors and not self._read_aside():
                 self._poll.unregister(self._aside_fd)
                 self._aside_fd = -1
@@ -397,7 +428,7 @@ class Session:
     def _wake_up(self, pending: Pending) -> None:
         if pending.bell is not None:
             pending.bell.set()
-        if pending is self._reader and get_ident() != self._reader_thread:
+        if (pending is self._reader or pending is self._within) and get_ident() != self._reader_thread:
             os.eventfd_write(self._wake, 1)
 
     def _read_channel(self) -> None:
@@ -473,6 +504,12 @@ class Session:
     def leave_in_child(self) -> None:
         """Close, in a forked child, what would hide the parent's death from the broker."""
         self._connection.leave_in_child()
+
+
+def _is_owned(lock: threading.RLock) -> bool:
+    """Whether this thread holds a lock."""
+    is_owned: bool = lock._is_owned()  # type: ignore[attr-defined]  # as threading.Condition asks
+    return is_owned
 
 
 def refuse_grant(pending: Pending) -> Message | None:

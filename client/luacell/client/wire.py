@@ -12,7 +12,6 @@ from typing import Final, Protocol
 from luacell.client.pending import Pending
 
 HIGH_WATER_MARK: Final = 4096  # messages that wait to be sent
-ALONE_MS: Final = 20  # how long the only thread waits for its answer alone before it waits for everything
 
 Take = Callable[[bytes], None]
 
@@ -55,14 +54,13 @@ class Wire(Protocol):
     def flush(self) -> None:
         """Send as much as there is room for."""
 
-    def read_result(self, pending: Pending, calls: dict[int, Pending], take: Take, *, is_waiting: bool) -> bool:
+    def read_result(self, pending: Pending, calls: dict[int, Pending], take: Take) -> bool:
         """Take the next message where it is just the result of this call, and nothing else has come.
 
         Args:
             pending: the call; gets its answer.
             calls: those that wait; it is removed from them.
             take: what else may come by the way goes there.
-            is_waiting: wait for it, ALONE_MS at most.
 
         Returns:
             Whether it was so; else `read` goes on.
