@@ -16,7 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from luacell.client import CallError, LuacellError, LuaFunction, LuaHostBridge, Unavailable, WorkerCrashed
+from luacell.client import (
+    CallError,
+    DeadlineExceeded,
+    LuacellError,
+    LuaFunction,
+    LuaHostBridge,
+    Unavailable,
+    WorkerCrashed,
+)
 from tests.support.children import child_process
 from tests.support.contracts import DOUBLE, HEALTHY, PROBE, Stopwatch, answers, deploy, failure, function
 from tests.support.processes import Process, Processes, children_of, status_of, zombies_of
@@ -110,6 +118,25 @@ def test_p07_killed_worker_host_is_back_within_a_second_and_the_broker_knows_its
             with serving.processes() as after:
                 assert after.worker_host.pid != before.worker_host.pid
     serving.record("worker host left", level="error")
+
+
+def test_p07_stopped_worker_host_is_replaced_as_soon_as_it_is_needed(serving: Serving) -> None:
+    with LuaHostBridge.connect(serving.run_directory) as bridge:
+        deploy(bridge, ENDLESS, deadline="300ms")
+        bridge.register_host_contract(HEALTHY, LuaFunction(DOUBLE))
+        assert answers(bridge, HEALTHY)
+        with serving.processes() as before:
+            before.worker_host.send(signal.SIGSTOP)
+            assert answers(bridge, HEALTHY), "what is started serves on"
+            exceeded = failure(bridge, PROBE)
+            assert isinstance(exceeded, DeadlineExceeded), "its worker has to be killed, and nobody does it"
+            with Stopwatch() as stopwatch:
+                eventually(lambda: len(serving.records("worker host joined")) == 2, "there is another worker host")
+                eventually(lambda: healthy_again(bridge), "the same bridge is served")
+            print(f"service back {stopwatch.seconds:.3f} s after the worker host was needed")
+            assert not before.worker_host.is_alive
+            assert before.broker.is_alive
+    serving.record("worker host is stopped and will be killed", level="error")
 
 
 def healthy_again(bridge: LuaHostBridge) -> bool:

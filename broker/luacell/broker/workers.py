@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import select
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterable
@@ -31,7 +32,7 @@ from luacell.protocol.confinement import read as read_layers
 from luacell.protocol.errors import ProtocolError
 from luacell.protocol.headers import Op
 from luacell.protocol.limits import NS_PER_MS, NS_PER_S, OUTPUT_PER_CALL_MAX
-from luacell.protocol.memory.channel import ChannelClosed, peer_pid, send_message
+from luacell.protocol.memory.channel import ChannelClosed, peer_pid, peer_pidfd, send_message
 from luacell.protocol.messages import decode, encode
 
 log = logging.getLogger("luacell.broker")
@@ -40,6 +41,7 @@ CLOSING_WAIT_NS: Final = 20 * NS_PER_MS  # a dying process closes its descriptor
 EXITING_WAIT_NS: Final = NS_PER_S  # and on a busy machine a while before, as its flags show
 _PF_EXITING: Final = 4  # linux/sched.h
 _LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+SILENCE_NS: Final = 500 * NS_PER_MS  # a worker host that owes a report for so long is looked at
 CAUSE_WAIT_NS: Final = 250 * NS_PER_MS  # a pidfd may be faster than the worker host's report of the cause
 
 
@@ -91,6 +93,7 @@ class Workers:
         self._parent = parent
         self._host: socket.socket | None = None
         self._host_leaves = False
+        self._ordered_ns = 0  # when the worker host was given an order, while nothing has been heard of it since
         self._links: dict[int, WorkerLink] = {}
         self._ready_early: set[Worker] = set()
         self._closing: dict[int, WorkerLink] = {}
@@ -100,7 +103,7 @@ class Workers:
     @property
     def awaits(self) -> bool:
         """Whether something is to be looked at again soon."""
-        return bool(self._dying or self._closing or self._untold)
+        return bool(self._ordered_ns or self._dying or self._closing or self._untold)
 
     def time_passed(self, now_ns: int) -> None:
         """Give up waiting for a death that was announced, or for the cause of one."""
@@ -112,6 +115,9 @@ class Workers:
             self._died(link.worker, UNKNOWN)
         for link in [link for link in self._untold.values() if link.output.is_due(now_ns)]:
             self._tell_output(link, "", link.output.tell(now_ns))
+        if self._ordered_ns and now_ns - self._ordered_ns >= SILENCE_NS:
+            self._ordered_ns = 0
+            self._end_stopped_host()
 
     def lost(self, worker: Worker) -> None:
         """A worker cannot be trusted or reached any more: it must die, unless it is dying by itself."""
@@ -167,6 +173,7 @@ class Workers:
         log.log(level, "worker host left", extra={"fields": {"reason": reason}})
         channel, self._host = self._host, None
         self._host_leaves = False
+        self._ordered_ns = 0
         self._perform(self._dispatcher.worker_host_left(time.monotonic_ns()))
         if channel is not None:
             channel.close()
@@ -174,6 +181,21 @@ class Workers:
             self._died(link.worker, UNKNOWN)
         for worker in [w for w in self._workforce.by_id.values() if w.id not in self._links]:
             self._died(worker, Cause(problem="the worker host died while starting it"))
+
+    def _end_stopped_host(self) -> None:
+        """Kill a worker host that somebody has stopped (SIGSTOP): without it nothing starts and nothing is killed.
+
+        One that is merely slow is left alone, and so is one that cannot be seen or reached, in another namespace.
+        """
+        if self._host is None or not _is_stopped(peer_pid(self._host)):
+            return
+        log.error("worker host is stopped and will be killed", extra={"fields": {"pid": peer_pid(self._host)}})
+        with contextlib.suppress(OSError):
+            pidfd = peer_pidfd(self._host)
+            try:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            finally:
+                os.close(pidfd)
 
     def on_report(self, op: Op, message: bytes, descriptors: list[int]) -> bool:
         """Act on a message of the worker host; tell whether the descriptors were taken over.
@@ -184,6 +206,7 @@ class Workers:
         handler = REPORTS.get(op)
         if handler is None or len(descriptors) != (2 if op is Op.STARTED else 0):
             raise ProtocolError(f"operation {op.name} with {len(descriptors)} descriptors is not for worker hosts")
+        self._ordered_ns = 0
         handler(self, message, descriptors)
         return op is Op.STARTED
 
@@ -312,6 +335,7 @@ class Workers:
             return
         try:
             send_message(channel, encode(order))
+            self._ordered_ns = self._ordered_ns or time.monotonic_ns()
         except (ChannelClosed, OSError) as error:
             self._watcher.forget_channel(channel)
             self.host_left(f"it takes no orders: {error}")
@@ -452,6 +476,11 @@ def _is_exiting(pid: int) -> bool:
     """Whether a worker is on its way out, or dead and not yet reaped; False where that cannot be seen."""
     fields = _stat_of(pid)
     return bool(fields) and bool(int(fields[6]) & _PF_EXITING)
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal; False where that cannot be seen."""
+    return _stat_of(pid)[:1] == ["T"]
 
 
 def _stat_of(pid: int) -> list[str]:

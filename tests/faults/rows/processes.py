@@ -26,7 +26,7 @@ ROWS: Final = (
         "P07",
         "the worker host is killed, or stopped",
         "running calls end typed; it is back within 1 s",
-        "the parent; the end of its channel",
+        "the parent; the end of its channel; the broker kills one that is stopped",
     ),
     Row(
         "P08",
