@@ -17,7 +17,7 @@ import pytest
 
 from luacell.client import stream_wire
 from luacell.client.pending import Pending
-from luacell.client.stream_wire import LOOK_SIZE, StreamWire
+from luacell.client.stream_wire import LOOK_SIZE, UNSENT_MAX, StreamWire
 from luacell.client.wire import HIGH_WATER_MARK, WireFull
 from luacell.protocol import headers, zmtp
 from luacell.protocol.errors import ProtocolError
@@ -204,10 +204,21 @@ def test_messages_arrive_in_order_whatever_their_size(pair: Pair) -> None:
 
 
 def test_what_waits_to_be_sent_has_a_bound(pair: Pair) -> None:
-    with pytest.raises(WireFull):
+    with pytest.raises(WireFull) as full:
         for _ in range(HIGH_WATER_MARK * 2):
             pair.wire.send(bytes(255))
+    assert full.value.is_slow
     assert len(pair.wire._unsent) == HIGH_WATER_MARK
+
+
+def test_large_messages_that_wait_have_a_bound_in_bytes(pair: Pair) -> None:
+    large = bytes(UNSENT_MAX // 10)
+    with pytest.raises(WireFull) as full:
+        for _ in range(20):
+            pair.wire.send(large)
+    assert full.value.is_slow
+    assert len(pair.wire._unsent) == 9
+    pair.wire.send(bytes(255))  # a farewell, say
 
 
 def test_who_is_gone_takes_nothing(pair: Pair) -> None:
@@ -215,8 +226,9 @@ def test_who_is_gone_takes_nothing(pair: Pair) -> None:
     pair.broker.close()
     pair.wire.flush()
     assert not pair.wire.has_unsent
-    with pytest.raises(WireFull):
+    with pytest.raises(WireFull) as full:
         pair.wire.send(b"x")
+    assert not full.value.is_slow
 
 
 def test_what_was_sent_last_still_leaves(pair: Pair) -> None:

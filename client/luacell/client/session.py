@@ -139,10 +139,10 @@ class Session:
             pending.is_sent = True  # before it is: an interrupt may come out of `send` when the message has left
             try:
                 self._wire.send(message)
-            except WireFull:
+            except WireFull as full:
                 self._calls.pop(call_id, None)
                 pending.is_sent = False
-                raise self._not_sent() from None
+                raise self._not_sent(full) from None
             is_reader = self._reader is None
             if is_reader:
                 self._reader_thread = thread  # first, for a signal handler's call
@@ -251,8 +251,8 @@ class Session:
     def _send(self, message: bytes) -> None:
         try:
             self._wire.send(message)
-        except WireFull:
-            raise self._not_sent() from None
+        except WireFull as full:
+            raise self._not_sent(full) from None
         if self._forgets:
             if self._reader is not None:
                 self._read_all()
@@ -274,9 +274,9 @@ class Session:
             self._wants_room = False
             self._poll.register(self._wire_fd, select.POLLIN)
 
-    def _not_sent(self) -> Unavailable:
+    def _not_sent(self, full: WireFull) -> Unavailable:
         """Find out why nothing can be sent: where the broker is gone, the channel tells, now or in a moment."""
-        if not self.ledger.lost and not self._is_closed:
+        if not full.is_slow and not self.ledger.lost and not self._is_closed:
             channel = select.poll()
             channel.register(self._channel_fd, select.POLLIN)
             channel.poll(LAST_WORDS_S * _MS)

@@ -31,6 +31,7 @@ LOOK_SIZE: Final = 64 << 10  # bytes
 GLANCE_SIZE: Final = 256  # bytes; more than one result
 FAREWELL_MS: Final = 100  # for what is still to be sent when a session is closed
 ATOMIC_SIZE: Final = 16 << 10  # bytes that the kernel takes whole or not at all: they fit one buffer of its own
+UNSENT_MAX: Final = HIGH_WATER_MARK * ATOMIC_SIZE  # bytes that wait for a larger one to be added: 64 MiB
 
 _FRAME: Final = zmtp.frame(bytes(headers.PREAMBLE_SIZE + headers.RESULT.size))[: zmtp.SHORT_HEADER_SIZE]
 _RESULT_HEAD: Final = _FRAME + RESULT_HEAD
@@ -48,7 +49,7 @@ class _Part:
     """A frame that had not come whole when it was looked at, as far as it has come since."""
 
     def __init__(self) -> None:
-        self.pieces: list[bytes] = []
+        self.pieces: list[bytes] = []  # the first ones are the header's
 
     def missing(self) -> int:
         """Return how many bytes are known to be missing; 0 where it is whole.
@@ -56,13 +57,13 @@ class _Part:
         Raises:
             ProtocolError: it is none that a broker sends.
         """
-        data = b"".join(self.pieces)
-        head = zmtp.LONG_HEADER_SIZE if data and data[0] & zmtp.LONG else zmtp.SHORT_HEADER_SIZE
-        if len(data) < head:
-            return head - len(data)
-        size = int.from_bytes(data[1:head], "big")
-        _check(data[0], size)
-        return head + size - len(data)
+        begin = b"".join([piece[: zmtp.LONG_HEADER_SIZE] for piece in self.pieces[: zmtp.LONG_HEADER_SIZE]])
+        head = zmtp.LONG_HEADER_SIZE if begin and begin[0] & zmtp.LONG else zmtp.SHORT_HEADER_SIZE
+        if len(begin) < head:
+            return head - len(begin)
+        size = int.from_bytes(begin[1:head], "big")
+        _check(begin[0], size)
+        return head + size - sum(map(len, self.pieces))
 
     def message(self) -> bytes | None:
         """Return the message, once it is whole; None where it is a command."""
@@ -100,10 +101,10 @@ class StreamWire:
     def send(self, message: bytes) -> None:
         """Send a message, or keep it until there is room; see `Wire`."""
         size = len(message)
-        if size > ATOMIC_SIZE or self._unsent:
-            self._send_later(zmtp.frame(message))
-            return
         frame = _SHORT_HEADS[size] + message if size <= zmtp.SHORT_MAX else zmtp.frame(message)
+        if size > ATOMIC_SIZE or self._unsent:  # a signal handler's call cannot come between this and sending
+            self._send_later(frame)
+            return
         try:
             sent = self._send(frame, _SEND)
         except BlockingIOError:
@@ -116,7 +117,9 @@ class StreamWire:
 
     def _send_later(self, frame: bytes) -> None:
         if len(self._unsent) >= HIGH_WATER_MARK or self.is_at_end:
-            raise WireFull
+            raise WireFull(is_slow=not self.is_at_end)
+        if len(frame) > ATOMIC_SIZE and sum(len(other) for other, _ in self._unsent) + len(frame) > UNSENT_MAX:
+            raise WireFull(is_slow=True)
         self._unsent.append((frame, []))
         self.flush()
 

@@ -17,7 +17,15 @@ Take = Callable[[bytes], None]
 
 
 class WireFull(Exception):
-    """The broker takes no messages: it is gone or overloaded."""
+    """The broker takes no messages.
+
+    Attributes:
+        is_slow: it is there, and does not read as fast as we send; else it may be gone.
+    """
+
+    def __init__(self, *, is_slow: bool = False) -> None:
+        super().__init__()
+        self.is_slow = is_slow
 
 
 class Wire(Protocol):
