@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 from contextlib import closing
@@ -10,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from luacell.client import LuaHostBridge, VmRegistrationFailed
-from tests.support.contracts import EVALUATE, PROBE, deploy, holds, rows_of_level
+from luacell.client import LuaHostBridge, VmRegistrationFailed, WorkerCrashed
+from tests.support.contracts import EVALUATE, PROBE, deploy, failure, holds, rows_of_level
 from tests.support.processes import worker_of
-from tests.support.serving import PYTHON, WITHOUT_LANDLOCK, Serving
+from tests.support.serving import AS_NOBODY, NOBODY, PYTHON, WITHOUT_LANDLOCK, WITHOUT_SECCOMP, Serving
 from tests.support.waiting import LIMIT_S
 
 pytestmark = pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filters are written for x86-64")
@@ -39,6 +40,42 @@ def test_s15_floor_that_cannot_be_had_is_a_refusal_to_start(tmp_path: Path) -> N
     )
     assert ended.returncode == 78
     assert "sandbox level 'hardened' cannot be had: sandbox layer landlock is not available" in ended.stderr
+
+
+LAYERS = ("landlock", "seccomp", "no privileges", "not dumpable", "limits")
+NULL_READ = b"require('ffi').cast('int *', 0)[0] == 1"
+
+
+def test_s15_without_seccomp_no_level_can_be_had(tmp_path: Path) -> None:
+    command = [*WITHOUT_SECCOMP, *PYTHON, "-m", "luacell.cli.serve", "--run-dir", str(tmp_path / "run")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert ended.returncode == 78
+    assert "sandbox level 'default' cannot be had: sandbox layer seccomp is not available" in ended.stderr
+
+
+def test_s15_service_of_a_user_without_rights_has_every_layer() -> None:
+    is_root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory(prefix="luacell-", dir="/tmp") as place:  # pytest's are root's alone
+        if is_root:
+            os.chown(place, NOBODY, NOBODY)
+        with (
+            Serving(Path(place) / "run", prefix=AS_NOBODY if is_root else ()) as serving,
+            LuaHostBridge.connect(serving.run_directory) as bridge,
+        ):
+            for level in ("default", "hardened"):
+                deploy(bridge, EVALUATE, sandbox=level)
+                assert all(rows_of_level(bridge, level)[layer] for layer in LAYERS)
+                assert holds(bridge, "not io.open('/etc/passwd')")
+                assert holds(bridge, "os.execute('true') ~= 0")
+                crashed = failure(bridge, PROBE, args=NULL_READ, fn_id=len(NULL_READ), out_size=1)
+                assert isinstance(crashed, WorkerCrashed)
+                assert crashed.signal == signal.SIGSEGV
+                assert holds(bridge, "true")
+                with closing(worker_of(bridge, PROBE)) as worker:
+                    status = Path(f"/proc/{worker.pid}/status").read_text()
+                assert "\nUid:\t0\t" not in status
+                assert "\nCapPrm:\t0000000000000000\n" in status
+                bridge.unregister_host_contract(PROBE)
 
 
 # Run as another user: tells by name what it can do, with the run directory as its argument.

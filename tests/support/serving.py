@@ -32,6 +32,22 @@ WITHOUT_LANDLOCK = (
     "seccomp.install(bpf.assemble([bpf.Rule('landlock', 444, bpf.UNKNOWN)], otherwise=bpf.ALLOW));"
     "os.execv(sys.argv[1], sys.argv[1:])",
 )
+# As if the kernel had no seccomp.
+WITHOUT_SECCOMP = (
+    *(sys.executable, "-c"),
+    "import os, sys; from luacell.worker.sandbox import attributes, bpf, seccomp; attributes.forgo_privileges();"
+    "prctl = bpf.Rule('prctl', 157, bpf.ALLOW, condition=bpf.Condition(0, (22,)), met=bpf.REFUSED);"
+    "rules = [bpf.Rule('seccomp', 317, bpf.UNKNOWN), prctl];"
+    "seccomp.install(bpf.assemble(rules, otherwise=bpf.ALLOW));"
+    "os.execv(sys.argv[1], sys.argv[1:])",
+)
+# As a user without rights, but for reading the interpreter, which root may keep at home.
+NOBODY = 65534
+AS_NOBODY = (
+    "setpriv",
+    *(f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+)
 
 
 class Serving:

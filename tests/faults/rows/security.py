@@ -34,8 +34,9 @@ ROWS: Final = (
     Row("S13", "a crash, for its core file", "none; signal 11", "RLIMIT_CORE 0, not dumpable"),
     Row(
         "S15",
-        "a kernel without landlock",
-        "`default` serves and says so; `hardened` is refused, to start or to load, naming the layer",
+        "a kernel without landlock, or without seccomp; a service that is not root's",
+        "without landlock `default` serves and says so, `hardened` is refused, to start or to load, naming the layer; "
+        "without seccomp no level is had; who is not root has every layer",
         "the worker host tries its floor; a worker refuses what it is not confined for",
     ),
 )
