@@ -124,6 +124,9 @@ def test_what_cannot_be_called_says_so(bridge: LuaHostBridge) -> None:
         run(bridge, "host.a@1", "return luacell.call('host.b@1', 'upper', 7)")
     with pytest.raises(CallError, match="lacks its version"):
         run(bridge, "host.a@1", "return luacell.call('host.b', 0)")
+    for words in ("'host.b@1', 0, 7", "'host.b@1', 0, '', 1.5", "'host.b@1', -1", "7, 0"):
+        with pytest.raises(CallError, match=r"Lua exception: \[string .*luacell.call: "):
+            run(bridge, "host.a@1", f"luacell.call({words}) return 1")
 
 
 @pytest.mark.parametrize("way", [["host.a@1"], ["host.b@1", "host.a@1"], ["host.b@1", "host.c@1", "host.a@1"]])

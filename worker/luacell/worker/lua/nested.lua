@@ -180,9 +180,11 @@ local function check_size(what, size)
 end
 
 local function call_raw(id, fn_id, args, out_size)
-  if args ~= nil and type(args) ~= "string" then error("luacell.call: arguments of a raw function are one string", 3) end
+  if args ~= nil and type(args) ~= "string" then -- told where the contract calls: over pcall and api.call
+    error("luacell.call: arguments of a raw function are one string", 4)
+  end
   if out_size ~= nil and (type(out_size) ~= "number" or out_size % 1 ~= 0 or out_size < 0) then
-    error("luacell.call: the size of the result is a whole number of bytes", 3)
+    error("luacell.call: the size of the result is a whole number of bytes", 4)
   end
   check_size("args", args and #args or 0)
   check_size("out", out_size or 0)
