@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -11,6 +13,13 @@ import pytest
 from luacell.client.arguments import Arguments
 from luacell.client.link import Budget, Place, may_look_again, pauses
 from luacell.protocol.errors import Unavailable
+from tests.support.waiting import LIMIT_S
+
+
+def test_hosts_and_workers_that_share_memory_do_not_import_libzmq() -> None:
+    code = "import sys, luacell.client, luacell.worker.__main__; print('zmq' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S, check=True)
+    assert shown.stdout.strip() == "False"
 
 
 def test_pauses_double_up_to_a_bound() -> None:

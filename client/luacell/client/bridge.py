@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from luacell.client.arguments import Arguments, Contract, Names, checked_capacity, without_emptiness
 from luacell.client.calls import Calls
@@ -22,7 +22,6 @@ from luacell.client.deployment import Deployment
 from luacell.client.description import Description, Shared, TypedContracts, choose
 from luacell.client.embedded import EmbeddedService
 from luacell.client.function import LuaFunction
-from luacell.client.inline import InlineCalls
 from luacell.client.interrupts import uninterrupted
 from luacell.client.lifecycle import Bridge
 from luacell.client.link import Budget, Link, Place, may_look_again, place_of
@@ -54,6 +53,9 @@ from luacell.protocol.errors import (
 )
 from luacell.protocol.identity import FN_ID_MAX, ContractRef
 from luacell.protocol.limits import PAYLOAD_MAX
+
+if TYPE_CHECKING:
+    from luacell.client.inline import InlineCalls
 
 T = TypeVar("T")
 

@@ -12,17 +12,19 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from luacell.client.arguments import Arguments
 from luacell.client.calls import Calls
 from luacell.client.connection import CONNECT_LIMIT_S
 from luacell.client.embedded import EmbeddedService
 from luacell.client.endpoint import inline_address_of, run_directory_of
-from luacell.client.inline import InlineCalls, InlineSession
 from luacell.client.session import Session
 from luacell.protocol.errors import BridgeClosed, Unavailable
 from luacell.protocol.limits import DEADLINE_DEFAULT_US, US_PER_S
+
+if TYPE_CHECKING:
+    from luacell.client.inline import InlineCalls
 
 PAUSE_FIRST_S: Final = 0.01
 PAUSE_MAX_S: Final = 0.25
@@ -150,6 +152,9 @@ class Link:
         """
         where = self.place.where
         if isinstance(where, str):
+            # Not at the top: hosts that share memory do without libzmq, its 12 ms and its 3 MB.
+            from luacell.client.inline import InlineCalls, InlineSession
+
             return InlineCalls(InlineSession.reach(where, limit_s))
         session = Session.connect(where, limit_s)
         if self.place.service is not None:
