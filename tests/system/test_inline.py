@@ -101,6 +101,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 @pytest.fixture(autouse=True)
 def unharmed(place: Place) -> Iterator[None]:
     """Whatever a test does, the broker and its other hosts go on, and all memory comes back."""
+    place.local.revive(PROBE)  # the crashes of the tests before add up
     assert answers(place.local, HEALTHY)
     before, broker = place.holdings(), broker_pid(place.local)
     yield
