@@ -100,6 +100,23 @@ def test_silence_ends(path: Path) -> None:
             over.set()
 
 
+def test_a_greeting_that_drips_ends_in_time_as_well(path: Path) -> None:
+    over = threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        for byte in zmtp.GREETING:
+            if over.wait(SHORT_S / 5):
+                return
+            connection.send(bytes([byte]), socket.MSG_NOSIGNAL)
+
+    with server(path, drip):
+        try:
+            with pytest.raises(TimeoutError):
+                connect_stream(path, b"id", SHORT_S)
+        finally:
+            over.set()
+
+
 def test_who_hangs_up_in_the_greeting_is_gone(path: Path) -> None:
     def hang_up(connection: socket.socket) -> None:
         connection.sendall(zmtp.GREETING[:20])

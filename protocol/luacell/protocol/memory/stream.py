@@ -7,11 +7,16 @@ has the socket.
 from __future__ import annotations
 
 import os
+import select
 import socket
+import time
 from pathlib import Path
+from typing import Final
 
 from luacell.protocol import zmtp
 from luacell.protocol.memory.channel import ChannelClosed, set_timeouts
+
+_MS: Final = 1000
 
 
 def connect_stream(path: Path, routing_id: bytes, timeout_s: float) -> socket.socket:
@@ -20,7 +25,7 @@ def connect_stream(path: Path, routing_id: bytes, timeout_s: float) -> socket.so
     Args:
         path: of its socket.
         routing_id: what it is to know us by.
-        timeout_s: seconds for each step, of which there are four.
+        timeout_s: seconds for all of it.
 
     Returns:
         A blocking socket without timeouts; nothing of the first message has been read.
@@ -30,14 +35,16 @@ def connect_stream(path: Path, routing_id: bytes, timeout_s: float) -> socket.so
         ChannelClosed: it has hung up.
         ProtocolError: it speaks something else.
     """
+    until_s = time.monotonic() + timeout_s
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         set_timeouts(stream, timeout_s)
         stream.connect(os.fspath(path))
         stream.sendall(zmtp.GREETING, socket.MSG_NOSIGNAL)
-        zmtp.check_greeting(_read(stream, zmtp.GREETING_SIZE))
+        zmtp.check_greeting(_read(stream, zmtp.GREETING_SIZE, until_s))
         stream.sendall(zmtp.ready(routing_id), socket.MSG_NOSIGNAL)
-        zmtp.check_ready(_read(stream, zmtp.ready_size(_read(stream, zmtp.COMMAND_HEADER_SIZE))))
+        size = zmtp.ready_size(_read(stream, zmtp.COMMAND_HEADER_SIZE, until_s))
+        zmtp.check_ready(_read(stream, size, until_s))
         set_timeouts(stream, 0.0)
     except BlockingIOError:
         stream.close()
@@ -48,10 +55,19 @@ def connect_stream(path: Path, routing_id: bytes, timeout_s: float) -> socket.so
     return stream
 
 
-def _read(stream: socket.socket, size: int) -> bytes:
-    """Read exactly so many bytes."""
+def _read(stream: socket.socket, size: int, until_s: float) -> bytes:
+    """Read exactly so many bytes.
+
+    Raises:
+        BlockingIOError: they have not come by then, monotonic seconds.
+        ChannelClosed: they will not.
+    """
     received = b""
+    poll = select.poll()
+    poll.register(stream, select.POLLIN)
     while len(received) < size:
+        if not poll.poll(max(0.0, until_s - time.monotonic()) * _MS):
+            raise BlockingIOError
         more = stream.recv(size - len(received))
         if not more:
             raise ChannelClosed("the connection ended in the greeting")
