@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from luacell.client import LuaHostBridge, VmRegistrationFailed
+from luacell.client import LuaFunction, LuaHostBridge, VmRegistrationFailed
 from luacell.protocol.errors import Busy
-from luacell.protocol.limits import MIB, PAYLOAD_MAX, RSS_MIN, STATE_MAX
-from tests.support.contracts import ECHO, PROBE, deploy, function, unregister_all
+from luacell.protocol.limits import KIB, MIB, PAYLOAD_MAX, RSS_MIN, SOURCE_MAX, STATE_MAX
+from tests.support.contracts import ECHO, HEALTHY, PROBE, deploy, function, unregister_all
+from tests.support.processes import resident_kib, worker_of
 from tests.support.serving import Serving
 from tests.support.typed_contracts import COUNTER_LUA, counter_api, deploy_typed
 from tests.support.waiting import eventually
@@ -137,3 +138,12 @@ def test_memory_that_only_loading_took_does_not_count(shared_serving: Serving, b
     for _ in range(200):
         bridge.call(name, 1, b"x", 1)
     assert shared_serving.records("worker recycled", contract=name) == []
+
+
+def test_worker_does_not_keep_the_memory_of_the_message_that_brought_its_source(bridge: LuaHostBridge) -> None:
+    bridge.register_host_contract(PROBE, LuaFunction(ECHO))
+    bridge.register_host_contract(HEALTHY, LuaFunction(ECHO + "--" + "x" * (SOURCE_MAX - len(ECHO) - 2)))
+    for name in (PROBE, HEALTHY):
+        bridge.call(name, 0)
+    small, large = (resident_kib(worker_of(bridge, name).pid) for name in (PROBE, HEALTHY))
+    assert (large - small) * KIB < 1.5 * SOURCE_MAX  # Lua has a copy, too, until it collects garbage

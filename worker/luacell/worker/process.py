@@ -55,6 +55,7 @@ STATM_SIZE: Final = 128  # bytes; seven numbers
 # time, can say so.
 RESERVE_SIZE: Final = 4 * MIB
 _INBOX_SIZE: Final = MESSAGE_MAX + (64 << 10)  # bytes; the largest message, and what has come with its end
+LARGE_MESSAGE: Final = 64 << 10  # bytes; such as a registration's source, which comes once
 _FRAME_HEAD: Final = 16  # bytes before the reply, of which the head of a frame takes the last 2 or 9
 _RECORD_SIZE: Final = headers.EXECUTE.size
 _POSITION_MASK: Final = (1 << SLOT_SHIFT) - 1
@@ -109,6 +110,7 @@ class WorkerProcess:
         self._reply_view = memoryview(self._reply).cast("B")[_FRAME_HEAD:]
         self._reply_address = ctypes.addressof(self._reply) + _FRAME_HEAD
         self._inbox = mmap.mmap(-1, _INBOX_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._inbox_address = ctypes.addressof(ctypes.c_char.from_buffer(self._inbox))
         self._vm = Vm(ctypes.addressof(self._records), self._reply_address + headers.PREAMBLE_SIZE)
         self._panic = _PANIC(self._end_without_memory)  # LuaJIT calls it, so it must live as long
         self._vm.set_panic(ctypes.cast(self._panic, ctypes.c_void_p).value)
@@ -134,11 +136,20 @@ class WorkerProcess:
                 elif found == "retire":
                     _await_death()
                 else:
-                    address, size = found
-                    self._handle(ctypes.string_at(int(address), int(size)))
+                    self._handle(self._taken(*map(int, found)))
             except OutOfLuaMemory:
                 self._answer_out_of_memory()
                 _await_death()
+
+    def _taken(self, address: int, size: int) -> bytes:
+        """Return the message that lies there; the inbox does not keep the memory of a large one."""
+        message = ctypes.string_at(address, size)
+        page = mmap.PAGESIZE
+        begin = address - self._inbox_address  # elsewhere, where it was set aside
+        if size > LARGE_MESSAGE and 0 <= begin < _INBOX_SIZE:
+            first, last = -(-begin // page) * page, (begin + size) // page * page
+            self._inbox.madvise(mmap.MADV_DONTNEED, first, last - first)
+        return message
 
     def _end_without_memory(self, _state: int) -> int:
         """Answer the running call before LuaJIT ends the process, which has no memory left for machine code."""
@@ -152,7 +163,7 @@ class WorkerProcess:
         self._reply_view[: headers.PREAMBLE_SIZE] = headers.head(Op.DONE)
         return self._vm.make_loop(
             self._stream.fileno(),
-            ctypes.addressof(ctypes.c_char.from_buffer(self._inbox)),
+            self._inbox_address,
             _INBOX_SIZE,
             headers.head(Op.EXECUTE),
             ctypes.addressof(self._records),
