@@ -1,4 +1,4 @@
-"""An event loop's session on a real DEALER, with the test as the broker: what leaves together, and what does not."""
+"""An event loop's session at a real ROUTER, with the test as the broker: what leaves together, and what does not."""
 
 from __future__ import annotations
 

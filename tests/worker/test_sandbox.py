@@ -637,7 +637,7 @@ def test_a_worker_whose_parent_has_died_already_ends_at_once() -> None:
     assert result.stdout == ""
 
 
-# With libzmq, in a process forked as a worker is.
+# With libzmq, in a process forked as a worker is: workers have no threads, but what has some is confined as well.
 
 WORKER = """
 import zmq
