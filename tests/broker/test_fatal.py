@@ -41,7 +41,7 @@ def test_record_is_bounded() -> None:
 
 
 PROGRAM = """
-import logging, sys, threading, time
+import logging, signal, sys, threading
 from luacell.broker import fatal
 from luacell.protocol.logs import configure_queued_logging, plain_formatter
 fatal.end_with_threads(configure_queued_logging("info", plain_formatter))
@@ -49,7 +49,7 @@ logging.getLogger("luacell.broker").info("before")
 def work():
     raise SystemError("what nobody expected")
 threading.Thread(target=work, name="a thread").start()
-time.sleep(60)
+signal.pause()  # the thread ends the process
 """
 
 
