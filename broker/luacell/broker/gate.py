@@ -12,6 +12,7 @@ its first protocol version, which had no handshake, stays until it ends (random 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ from luacell.broker.bounds import usable_descriptors
 log = logging.getLogger("luacell.broker")
 
 LOOK_MS: Final = 50  # between looks while it is shut
+HEARD_MAX: Final = 16  # connections between two looks while it is open
 BACKLOG: Final = 64  # connections that the kernel holds for libzmq, and which it accepts without a name as well
 
 _EVENTS: Final = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_MONITOR_STOPPED
@@ -91,14 +93,20 @@ class Gate:
             self._events.close(linger=0)
 
     def _hear(self) -> bool:
-        """Wait for a connection, or while the gate is shut for a moment; tell whether to go on."""
+        """Wait for connections, or while the gate is shut for a moment; tell whether to go on.
+
+        What has come is heard together, up to HEARD_MAX: libzmq accepts as fast as this thread could look after each.
+        """
         if not self._events.poll(None if self._is_open else LOOK_MS):
             return True
-        event, _ = _EVENT.unpack(self._events.recv_multipart()[0])
-        if event == zmq.EVENT_MONITOR_STOPPED:
-            return False
         connections = self.connections
-        connections["accepted" if event == zmq.EVENT_ACCEPTED else "handshakes"] += 1
+        with contextlib.suppress(zmq.Again):
+            for _ in range(HEARD_MAX):
+                event, _ = _EVENT.unpack(self._events.recv(zmq.NOBLOCK))
+                self._events.recv()  # whose it is, which comes with it
+                if event == zmq.EVENT_MONITOR_STOPPED:
+                    return False
+                connections["accepted" if event == zmq.EVENT_ACCEPTED else "handshakes"] += 1
         connections["strangers"] = connections["accepted"] - connections["handshakes"]
         return True
 
