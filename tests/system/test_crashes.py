@@ -31,6 +31,7 @@ from tests.support.contracts import (
     failure,
     function,
 )
+from tests.support.pending import has_begun
 from tests.support.processes import Process, broker_pid, worker_of, workers_of
 from tests.support.waiting import eventually
 
@@ -162,7 +163,7 @@ def test_call_in_the_queue_at_its_deadline_had_not_begun(bridge: LuaHostBridge) 
     deploy(bridge, FATAL)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(failure, bridge, PROBE, LOOP, timeout=0.7)
-        eventually(lambda: is_busy(bridge, PROBE), "the loop runs")
+        eventually(lambda: has_begun(bridge), "the loop has begun")
         with Stopwatch() as stopwatch:
             queued = failure(bridge, PROBE, 0, timeout=0.1)
         assert isinstance(queued, DeadlineExceeded)
@@ -170,11 +171,6 @@ def test_call_in_the_queue_at_its_deadline_had_not_begun(bridge: LuaHostBridge) 
         assert stopwatch.seconds <= 0.1 + GRACE_S
         assert running.result().began == "yes"
     assert serves(bridge, PROBE)
-
-
-def is_busy(bridge: LuaHostBridge, contract: str) -> bool:
-    states = [worker["state"] for worker in bridge.health()["workers"] if worker["contract"] == contract]
-    return "busy" in states
 
 
 def test_short_budget_does_not_kill_the_contract_for_others(bridge: LuaHostBridge) -> None:
@@ -284,7 +280,7 @@ def test_worker_s_own_timer_kills_it_when_the_broker_is_stopped(bridge: LuaHostB
         ThreadPoolExecutor(1) as pool,
     ):
         running = pool.submit(failure, bridge, PROBE, LOOP, timeout=0.2)
-        eventually(lambda: is_busy(bridge, PROBE), "the loop runs")
+        eventually(lambda: has_begun(bridge), "the loop has begun")
         with broker.stopped(), Stopwatch() as stopwatch:
             assert isinstance(running.result(), Unavailable), "nobody answers, and the host does not wait for ever"
             assert worker.ends_within(5.0), "the kernel ends what the broker cannot"

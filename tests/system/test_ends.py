@@ -28,6 +28,7 @@ from luacell.client import (
 from tests.support.contracts import COUNTER, DOUBLE, HEALTHY, PROBE, Stopwatch, answers, deploy, failure, function
 from tests.support.environment import untraced
 from tests.support.holdings import holdings, holds_no_more_than
+from tests.support.pending import has_begun
 from tests.support.processes import (
     Process,
     Processes,
@@ -218,7 +219,7 @@ def test_death_of_a_part_is_told_to_its_calls_and_close_leaves_nothing(victim: V
         assert answers(bridge, HEALTHY)
         with Processes.of(bridge) as service:
             calls = [pool.submit(failure, bridge, PROBE) for _ in range(4)]
-            eventually(lambda: is_busy(bridge), "a call runs")
+            eventually(lambda: has_begun(bridge), "a call has begun")
             service.look_again()
             with Stopwatch() as stopwatch:
                 victim(service).kill()
@@ -251,10 +252,6 @@ def test_death_of_the_worker_host_while_nothing_happens_is_not_seen() -> None:
             assert service.worker_host.ends_within()
             assert answers(bridge, HEALTHY)
             assert service.broker.is_alive
-
-
-def is_busy(bridge: LuaHostBridge) -> bool:
-    return any(worker["state"] == "busy" for worker in bridge.health()["workers"])
 
 
 def test_stopped_broker_does_not_keep_its_host_waiting_for_ever() -> None:

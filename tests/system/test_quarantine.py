@@ -18,6 +18,7 @@ from luacell.broker.windows import WINDOW_MAX
 from luacell.client import AbiErrorCode, LuaFunction, LuaHostBridge
 from luacell.protocol.errors import Quarantined, WorkerCrashed
 from tests.support.contracts import CRASHED, DOUBLE, HEALTHY, PROBE, answers, deploy, failure, function
+from tests.support.pending import has_begun
 from tests.support.processes import Process
 from tests.support.serving import Serving
 from tests.support.typed_contracts import deploy_typed
@@ -146,7 +147,7 @@ def test_p12_what_waits_in_another_seat_of_a_typed_contract_rests_at_once(
     (busy,) = [proxy.with_options(timeout=LIMIT_S) for proxy in proxies if proxy.pid() != crashing]
     with closing(Process(busy.pid())) as worker, ThreadPoolExecutor(2 + WINDOW_MAX) as pool:
         running = pool.submit(busy.spin)
-        eventually(lambda: pool_of(bridge, SEATS)["busy"] == 1, "one seat is busy")
+        eventually(lambda: has_begun(bridge), "one seat is busy")
         waiting = [pool.submit(busy.pid) for _ in range(1 + WINDOW_MAX)]
         queued = eventually(lambda: pool_of(bridge, SEATS)["queued"], "what its worker does not hold ahead waits")
         for _ in range(CRASHES):

@@ -27,6 +27,7 @@ from luacell.client import (
 from tests.soak import reloads
 from tests.support.command import Command
 from tests.support.contracts import DOUBLE, HEALTHY, answers, function
+from tests.support.pending import has_begun
 from tests.support.serving import Serving
 from tests.support.waiting import LIMIT_S, eventually
 
@@ -118,7 +119,7 @@ def test_calls_in_flight_end_on_what_they_began_on(bridge: LuaHostBridge, tmp_pa
     numbers: list[int] = []
     caller = threading.Thread(target=lambda: numbers.append(number_of(bridge, FIRST)))
     caller.start()
-    eventually(lambda: any(worker["state"] == "busy" for worker in bridge.health()["workers"]), "the call runs")
+    eventually(lambda: has_begun(bridge), "the call has begun")
     unit.write(FIRST, 2)
     bridge.deploy(unit.path)
     assert number_of(bridge, FIRST) == 2

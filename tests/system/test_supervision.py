@@ -27,6 +27,7 @@ from luacell.client import (
 )
 from tests.support.children import child_process
 from tests.support.contracts import DOUBLE, HEALTHY, PROBE, Stopwatch, answers, deploy, failure, function
+from tests.support.pending import has_begun
 from tests.support.processes import Process, Processes, children_of, status_of, zombies_of
 from tests.support.serving import PYTHON, Serving
 from tests.support.waiting import LIMIT_S, eventually, settles
@@ -68,16 +69,12 @@ def time_until_served(directory: Path, what: str) -> float:
     return stopwatch.seconds
 
 
-def is_busy(bridge: LuaHostBridge) -> bool:
-    return any(worker["state"] == "busy" for worker in bridge.health()["workers"])
-
-
 # -- kill -9 ----
 def test_p08_killed_broker_is_back_within_a_second_and_its_workers_are_gone(serving: Serving) -> None:
     with LuaHostBridge.connect(serving.run_directory) as bridge, ThreadPoolExecutor(4) as pool:
         deploy(bridge, ENDLESS, deadline="30s")
         calls = [pool.submit(failure, bridge, PROBE) for _ in range(4)]
-        eventually(lambda: is_busy(bridge), "a call runs")
+        eventually(lambda: has_begun(bridge), "a call has begun")
         with serving.processes() as before:
             workers = before.look_again()
             assert workers
@@ -102,7 +99,7 @@ def test_p07_killed_worker_host_is_back_within_a_second_and_the_broker_knows_its
         deploy(bridge, ENDLESS, deadline="30s")
         bridge.register_host_contract(HEALTHY, LuaFunction(DOUBLE))
         running = pool.submit(failure, bridge, PROBE)
-        eventually(lambda: is_busy(bridge), "a call runs")
+        eventually(lambda: has_begun(bridge), "a call has begun")
         with serving.processes() as before:
             before.worker_host.kill()
             with Stopwatch() as stopwatch:
@@ -149,7 +146,7 @@ def test_p11_killed_parent_takes_everything_with_it_and_the_next_one_serves(dire
     with Serving(directory) as first, LuaHostBridge.connect(directory) as bridge, ThreadPoolExecutor(1) as pool:
         deploy(bridge, ENDLESS, deadline="30s")
         running = pool.submit(failure, bridge, PROBE)
-        eventually(lambda: is_busy(bridge), "a call runs")
+        eventually(lambda: has_begun(bridge), "a call has begun")
         with first.processes() as processes:
             processes.parent.kill()
             with Serving(directory):  # at once: the old broker may have to give its lock back yet
@@ -349,7 +346,7 @@ def test_a_worker_host_that_is_told_to_end_lets_its_workers_finish(serving: Serv
         deploy(bridge, NAP, deadline="20s")
         bridge.register_host_contract(HEALTHY, LuaFunction(DOUBLE))
         running: Future[bytes] = pool.submit(bridge.call, PROBE, 700, None, 1)
-        eventually(lambda: is_busy(bridge), "a call runs")
+        eventually(lambda: has_begun(bridge), "a call has begun")
         with serving.processes() as before:
             before.worker_host.send(signal.SIGTERM)
             settles(lambda: len(before.look_again()), 1, "the free workers are gone, the busy one is not")
@@ -383,7 +380,7 @@ def test_a_worker_host_ends_at_once_at_the_second_signal(serving: Serving) -> No
     with LuaHostBridge.connect(serving.run_directory) as bridge, ThreadPoolExecutor(1) as pool:
         deploy(bridge, ENDLESS, deadline="30s")
         running = pool.submit(failure, bridge, PROBE)
-        eventually(lambda: is_busy(bridge), "a call runs")
+        eventually(lambda: has_begun(bridge), "a call has begun")
         with serving.processes() as before:
             before.worker_host.send(signal.SIGTERM)
             serving.record("worker host leaves", logger="luacell.broker")
