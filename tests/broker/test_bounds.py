@@ -1,9 +1,9 @@
-"""Hosts, workers and segments: as many as the descriptors allow, and a fifth of these is never used."""
+"""Hosts, workers and segments: as many as the descriptors allow, and a reserve of these is never used."""
 
 import pytest
 
 from luacell.broker.books import Books, Pair, Refusal
-from luacell.broker.bounds import OWN, PER_HOST, PER_PAIR, PER_WORKER, Bounds, bounds_for
+from luacell.broker.bounds import OWN, PER_HOST, PER_PAIR, PER_WORKER, Bounds, bounds_for, usable_descriptors
 from luacell.protocol.errors import AbiErrorCode
 from luacell.protocol.limits import SESSIONS_MAX, WORKERS_MAX
 from luacell.protocol.slots import SlotShape
@@ -13,12 +13,19 @@ SHAPE = SlotShape.for_payloads(8, 8, 4)
 
 
 @pytest.mark.parametrize("descriptors", [256, 1024, 4096, 65536, 1 << 20])
-def test_what_is_allowed_fits_into_four_fifths(descriptors: int) -> None:
+def test_what_is_allowed_leaves_the_reserve(descriptors: int) -> None:
     bounds = bounds_for(descriptors)
     used = OWN + bounds.hosts * PER_HOST + bounds.workers * PER_WORKER + bounds.pairs * PER_PAIR
-    assert used <= descriptors * 4 // 5
+    assert used <= usable_descriptors(descriptors)
     assert bounds.hosts <= SESSIONS_MAX
     assert bounds.workers <= WORKERS_MAX
+
+
+@pytest.mark.parametrize(
+    ("descriptors", "usable"), [(0, 0), (256, 128), (1024, 512), (2048, 1280), (4096, 3277), (1 << 20, 838861)]
+)
+def test_the_reserve_is_a_fifth_but_768_where_that_is_no_more_than_half(descriptors: int, usable: int) -> None:
+    assert usable_descriptors(descriptors) == usable
 
 
 @pytest.mark.parametrize("descriptors", [0, 64, 90])

@@ -1,7 +1,8 @@
 """How many hosts, workers and segments a broker may have, so that it never runs out of descriptors.
 
-libzmq aborts the process when its listener meets EMFILE (4.3.5, `ipc_listener.cpp:297`), so a fifth of the descriptors
-is never used, and the rest is divided beforehand: what is refused is refused by name.
+libzmq aborts the process when its listener meets EMFILE (4.3.5, `ipc_listener.cpp:297`), so a part of the descriptors
+is kept in reserve, and the rest is divided beforehand: what is refused is refused by name. The reserve is what
+connections take in the time in which the gate hears of them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ PER_HOST: Final = 3  # its connection, its descriptor channel, its pidfd
 PER_WORKER: Final = 3  # its connection, its socketpair, its pidfd
 PER_PAIR: Final = 2  # args and out, kept for workers that come later
 PAIRS_MAX: Final = 1 << 16
-OWN: Final = 64  # sockets, epolls, the registry's files; what channels without a name need is in the unused fifth
+OWN: Final = 64  # sockets, epolls, the registry's files; what channels without a name need is in the reserve
+RESERVE_MIN: Final = 768  # or half of all; a connection takes libzmq some 20 us, so the gate may be 10 ms late
 
 
 class Bounds(NamedTuple):
@@ -45,4 +47,4 @@ def usable_descriptors(descriptors: int) -> int:
     Args:
         descriptors: RLIMIT_NOFILE.
     """
-    return descriptors * 4 // 5
+    return descriptors - max(descriptors // 5, min(RESERVE_MIN, descriptors // 2))

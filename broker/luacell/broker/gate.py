@@ -1,13 +1,13 @@
 """Whether strangers may connect: the broker's socket has no name while descriptors are short. And how many have.
 
-libzmq aborts the process when its ipc listener meets EMFILE (4.3.5, `ipc_listener.cpp:297`). `bounds` divides four
-fifths of the descriptors among hosts, workers and segments; connections that never say who they are take what they
-like. So a thread hears of each one that libzmq accepts, and when more than four fifths are in use it takes the
-socket's name away: whoever is connected is served on, and whoever connects finds nothing and tries again. It does not
+libzmq aborts the process when its ipc listener meets EMFILE (4.3.5, `ipc_listener.cpp:297`). `bounds` divides the
+descriptors but for a reserve among hosts, workers and segments; connections that never say who they are take what they
+like. So a thread hears of each one that libzmq accepts, and when the reserve is touched it takes the socket's name
+away: whoever is connected is served on, and whoever connects finds nothing and tries again. It does not
 end connections: those without a handshake libzmq drops itself, and then the name is given back. What libzmq takes for
 its first protocol version, which had no handshake, stays until it ends (random bytes and HTTP may look so).
 
-    open ── more than four fifths in use ──> shut ── four fifths or less ──> open
+    open ── the reserve is touched ──> shut ── it is whole again ──> open
 """
 
 from __future__ import annotations
