@@ -22,9 +22,10 @@ def test_what_is_allowed_leaves_the_reserve(descriptors: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("descriptors", "usable"), [(0, 0), (256, 128), (1024, 512), (2048, 1280), (4096, 3277), (1 << 20, 838861)]
+    ("descriptors", "usable"),
+    [(0, 0), (120, 96), (256, 160), (1024, 448), (2048, 1280), (4096, 3277), (1 << 20, 838861)],
 )
-def test_the_reserve_is_a_fifth_but_768_where_that_is_no_more_than_half(descriptors: int, usable: int) -> None:
+def test_the_reserve_is_a_fifth_and_more_at_small_limits(descriptors: int, usable: int) -> None:
     assert usable_descriptors(descriptors) == usable
 
 

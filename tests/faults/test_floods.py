@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import socket
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from statistics import median
 
 import pytest
 
+from luacell.broker.__main__ import DESCRIPTORS_PREPARED
 from luacell.broker.bounds import usable_descriptors
 from luacell.client import LuaFunction, LuaHostBridge, Unavailable
 from luacell.protocol import messages
@@ -159,6 +162,14 @@ def test_z16b_accepting_pauses_while_silent_connections_take_the_descriptors(tmp
         assert serving.record("accepting pauses: descriptors are short")["limit"] == usable_descriptors(DESCRIPTORS)
         assert serving.record("accepting goes on")
         assert (path / BROKER_SOCKET).exists()
+
+
+def test_z16b_broker_has_room_for_descriptors_before_it_has_threads(bridge: LuaHostBridge) -> None:
+    """Where a table of descriptors grows under threads, the kernel stops who opens one for 10 ms and more."""
+    status = Path(f"/proc/{broker_pid(bridge)}/status").read_text()
+    (size,) = re.findall(r"^FDSize:\s+(\d+)$", status, re.MULTILINE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert int(size) >= min(hard, DESCRIPTORS_PREPARED)
 
 
 def test_z16b_broker_that_was_killed_while_accepting_paused_is_followed_by_another(tmp_path: Path) -> None:

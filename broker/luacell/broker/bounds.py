@@ -16,7 +16,7 @@ PER_WORKER: Final = 3  # its connection, its socketpair, its pidfd
 PER_PAIR: Final = 2  # args and out, kept for workers that come later
 PAIRS_MAX: Final = 1 << 16
 OWN: Final = 64  # sockets, epolls, the registry's files; what channels without a name need is in the reserve
-RESERVE_MIN: Final = 768  # or half of all; a connection takes libzmq some 20 us, so the gate may be 10 ms late
+RESERVE_MIN: Final = 768  # where there are enough; a connection takes libzmq some 20 us: the gate may be 10 ms late
 
 
 class Bounds(NamedTuple):
@@ -47,4 +47,4 @@ def usable_descriptors(descriptors: int) -> int:
     Args:
         descriptors: RLIMIT_NOFILE.
     """
-    return descriptors - max(descriptors // 5, min(RESERVE_MIN, descriptors // 2))
+    return descriptors - max(descriptors // 5, min(RESERVE_MIN, descriptors * 5 // 8 - OWN))

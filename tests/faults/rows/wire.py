@@ -40,7 +40,7 @@ ROWS: Final = (
     ),
     Row(
         "Z16b",
-        "80 % of the broker's descriptors taken by silent connections",
+        "silent connections that would take all descriptors of the broker",
         "accepting pauses until they are dropped; hosts are served on",
         "a gate that takes the socket's name away",
     ),
