@@ -1,7 +1,8 @@
-"""What a service may leave behind once it has stopped: nothing but the files of a quiet one."""
+"""What a service may leave behind once it has stopped: the files of a quiet one, and records of crashes."""
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tests.support.serving import Serving
 from tests.support.waiting import settles
 
 GONE_WITHIN_S = 2.0
+_CRASH_RECORD = re.compile(r"state/crashes/[0-9a-f]+\.(crash|sources)")  # of calls that a kill met
 
 
 def remains(run_directory: Path, before: Holdings) -> list[str]:
@@ -21,7 +23,8 @@ def remains(run_directory: Path, before: Holdings) -> list[str]:
         holds_no_more_than(before)
     except AssertionError as error:
         found.append(f"something is left: {error}")
-    unwanted = _files_of(run_directory) - _files_after_a_quiet_run()
+    files = _files_of(run_directory) - _files_after_a_quiet_run()
+    unwanted = {name for name in files if not _CRASH_RECORD.fullmatch(name)}
     if unwanted:
         found.append(f"files {sorted(unwanted)} are left in the run directory")
     return found
