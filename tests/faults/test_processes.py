@@ -14,6 +14,7 @@ import pytest
 
 from luacell.client import CallError, DeadlineExceeded, LuaHostBridge, VmRegistrationFailed, WorkerCrashed
 from tests.support.contracts import DOUBLE, HEALTHY, PROBE, answers, deploy, failure, refusal
+from tests.support.pending import has_begun
 from tests.support.processes import Process, Processes, children_of, worker_of
 from tests.support.waiting import eventually
 
@@ -71,13 +72,16 @@ def test_p01_killed_spare_is_replaced_unseen(bridge: LuaHostBridge, contract: Th
             bridge.unregister_host_contract(PROBE)
 
 
-def test_p03_worker_killed_in_a_call_that_had_begun(bridge: LuaHostBridge, contract: Thrower) -> None:
-    # The contract says through its first slot of out that it runs; the test sees its pid in a call before.
+def test_p03_worker_killed_in_a_call_that_had_begun(bridge: LuaHostBridge, contract: Thrower, directory: str) -> None:
     contract("if fn_id == 1 then while true do end end")
     assert serves(bridge)
-    with closing(worker_of(bridge, PROBE)) as worker, ThreadPoolExecutor(1) as pool:
-        running = pool.submit(failure, bridge, PROBE, 1)
-        eventually(lambda: spins(worker.pid), "the contract spins")
+    with (
+        LuaHostBridge.connect(directory) as caller,  # has no other call
+        closing(worker_of(bridge, PROBE)) as worker,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        running = pool.submit(failure, caller, PROBE, 1)
+        eventually(lambda: has_begun(caller), "the contract spins")
         worker.kill()
         crashed = running.result()
     assert isinstance(crashed, WorkerCrashed)
@@ -154,10 +158,3 @@ def test_p22_call_of_a_worker_without_a_processor_is_late_and_not_lost(
             assert isinstance(late, DeadlineExceeded)
             assert late.queued is not None
         assert all(call.result() for call in calls)
-
-
-def spins(pid: int) -> bool:
-    """Tell whether a process has used processor time that only an endless loop uses."""
-    with open(f"/proc/{pid}/stat", "rb") as status:
-        ticks = int(status.read().rpartition(b")")[2].split()[11])
-    return ticks >= 5
