@@ -32,7 +32,8 @@ from tests.support.contracts import (
     function,
 )
 from tests.support.pending import has_begun
-from tests.support.processes import Process, broker_pid, worker_of, workers_of
+from tests.support.processes import Process, broker_pid, services_of, worker_of, workers_of
+from tests.support.scheduling import Scheduling
 from tests.support.waiting import eventually
 
 GRACE_S = 0.25  # promise 1
@@ -116,10 +117,10 @@ def test_crash_costs_its_own_call_and_is_blamed(
 @pytest.mark.parametrize("fn_id", [pytest.param(LOOP, id="loop"), pytest.param(PAUSE, id="pause")])
 def test_endless_call_is_answered_at_its_deadline(bridge: LuaHostBridge, fatal: str, fn_id: int) -> None:
     assert serves(bridge, fatal)
-    with Stopwatch() as stopwatch:
+    with Scheduling(*services_of(bridge)) as delays, Stopwatch() as stopwatch:
         late = failure(bridge, fatal, fn_id, timeout=LIMIT_S)
     assert isinstance(late, DeadlineExceeded)
-    assert LIMIT_S <= stopwatch.seconds <= LIMIT_S + GRACE_S
+    assert LIMIT_S <= stopwatch.seconds <= LIMIT_S + GRACE_S + delays.latest_s + delays.waited_s
     assert (late.began, late.limit) == ("yes", f"deadline {LIMIT_S:g} s")
     assert f"{fatal} fn {fn_id}: not finished within its deadline 0.3 s: queued " in late.message
     assert (late.signal, late.exit_code) == (None, None)
@@ -161,14 +162,16 @@ def test_queued_calls_survive_the_crash_before_them(bridge: LuaHostBridge, fatal
 
 def test_call_in_the_queue_at_its_deadline_had_not_begun(bridge: LuaHostBridge) -> None:
     deploy(bridge, FATAL)
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(failure, bridge, PROBE, LOOP, timeout=0.7)
+    assert serves(bridge, PROBE)
+    with closing(worker_of(bridge, PROBE)) as worker, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(failure, bridge, PROBE, LOOP, timeout=10)
         eventually(lambda: has_begun(bridge), "the loop has begun")
-        with Stopwatch() as stopwatch:
+        with Scheduling(*services_of(bridge)) as delays, Stopwatch() as stopwatch:
             queued = failure(bridge, PROBE, 0, timeout=0.1)
+        worker.kill()
         assert isinstance(queued, DeadlineExceeded)
         assert (queued.began, queued.limit) == ("no", "deadline 0.1 s")
-        assert stopwatch.seconds <= 0.1 + GRACE_S
+        assert stopwatch.seconds <= 0.1 + GRACE_S + delays.latest_s + delays.waited_s
         assert running.result().began == "yes"
     assert serves(bridge, PROBE)
 
@@ -177,22 +180,26 @@ def test_short_budget_does_not_kill_the_contract_for_others(bridge: LuaHostBridg
     deploy(bridge, function("local ends = luacell.deadline() - 0.05 while luacell.deadline() > ends do end"))
     bridge.call(PROBE, 0)
     with closing(worker_of(bridge, PROBE)) as worker:
+        exceeded = 0
         for _ in range(5):
-            with pytest.raises(DeadlineExceeded):
-                bridge.call(PROBE, 0, timeout=0.001)
+            try:
+                bridge.call(PROBE, 0, timeout=0.001)  # is answered where the broker looks later than the run takes
+            except DeadlineExceeded:
+                exceeded += 1
             with Stopwatch() as stopwatch:
                 bridge.call(PROBE, 0)
             assert stopwatch.seconds < 2.0, "two runs of 50 ms, and no wait for a message that was there"
+        assert exceeded
         assert worker.is_alive
 
 
 def test_run_limit_ends_a_call_that_its_caller_would_wait_for(bridge: LuaHostBridge) -> None:
     deploy(bridge, FATAL, deadline="10s", run_limit="200ms")
-    with Stopwatch() as stopwatch:
+    with Scheduling(*services_of(bridge)) as delays, Stopwatch() as stopwatch:
         late = failure(bridge, PROBE, LOOP)
     assert isinstance(late, DeadlineExceeded)
     assert (late.began, late.limit) == ("yes", "run_limit 0.2 s")
-    assert stopwatch.seconds <= 0.2 + GRACE_S
+    assert stopwatch.seconds <= 0.2 + GRACE_S + delays.latest_s + delays.waited_s
     assert serves(bridge, PROBE)
 
 
@@ -272,14 +279,14 @@ def test_worker_killed_from_outside_in_a_call_is_told_from_a_crash(bridge: LuaHo
 
 
 def test_worker_s_own_timer_kills_it_when_the_broker_is_stopped(bridge: LuaHostBridge) -> None:
-    deploy(bridge, FATAL, run_limit="200ms")
+    deploy(bridge, FATAL, run_limit="800ms")
     assert serves(bridge, PROBE)
     with (
         closing(worker_of(bridge, PROBE)) as worker,
         closing(Process(broker_pid(bridge))) as broker,
         ThreadPoolExecutor(1) as pool,
     ):
-        running = pool.submit(failure, bridge, PROBE, LOOP, timeout=0.2)
+        running = pool.submit(failure, bridge, PROBE, LOOP, timeout=0.8)
         eventually(lambda: has_begun(bridge), "the loop has begun")
         with broker.stopped(), Stopwatch() as stopwatch:
             assert isinstance(running.result(), Unavailable), "nobody answers, and the host does not wait for ever"
