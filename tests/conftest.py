@@ -6,12 +6,17 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("tests.support")
 
 from luacell.client import LuacellError, LuaHostBridge  # noqa: E402
 from tests.support.contracts import unregister_all  # noqa: E402
 from tests.support.processes import nothing_left  # noqa: E402
+
+# How long an example takes says something about the machine, nothing about luacell.
+settings.register_profile("luacell", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("luacell")
 
 
 @pytest.fixture(scope="session", autouse=True)

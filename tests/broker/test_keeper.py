@@ -16,7 +16,7 @@ from luacell.broker.keeper import Keeper
 from luacell.broker.registry import ContractRecord
 from luacell.broker.registry_store import RegistryStore, StoreError
 from luacell.protocol.messages import Settings
-from tests.support.waiting import LIMIT_S
+from tests.support.waiting import LIMIT_S, eventually
 
 
 def record_of(contract_id: int) -> ContractRecord:
@@ -116,11 +116,18 @@ def test_end_closes_the_store_and_reports_nothing_more(
     keeper.put(record_of(1), lambda problem: None)
     keeper.put(record_of(2), lambda problem: None)
     assert store.is_writing.wait(LIMIT_S)
-    threading.Timer(0.05, store.may_go_on.release).start()
+    releasing = threading.Thread(target=_release_once_it_stops, args=(keeper, store))
+    releasing.start()
     keeper.stop()
+    releasing.join()
     assert store.is_closed
     assert store.written == [1], "what had begun is written, the rest is not"
     assert inbox.empty()
+
+
+def _release_once_it_stops(keeper: Keeper, store: HeldStore) -> None:
+    eventually(lambda: keeper._is_stopping, "the keeper is told to end")
+    store.may_go_on.release()
 
 
 def test_disk_that_hangs_does_not_hold_up_the_end(store: HeldStore, monkeypatch: pytest.MonkeyPatch) -> None:

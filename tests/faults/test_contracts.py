@@ -51,6 +51,7 @@ def crash(bridge: LuaHostBridge, args: bytes | None = None) -> WorkerCrashed:
 
 def late(bridge: LuaHostBridge) -> None:
     """Call the faulty function, which must be answered at its deadline; the next call must work."""
+    assert serves(bridge), "the faulty call finds its contract loaded, and begins at once"
     with Scheduling(*services_of(bridge)) as delays, Stopwatch() as stopwatch:
         exceeded = failure(bridge, PROBE, 1, out_size=64, timeout=LIMIT_S)
     assert isinstance(exceeded, DeadlineExceeded)
@@ -609,7 +610,7 @@ def test_c96_c97_bytecode_whole_or_cut_is_refused(bridge: LuaHostBridge, contrac
 
 # -- answers ----
 def test_c99_death_behind_an_answer_is_seen_by_nobody(bridge: LuaHostBridge, contract: Thrower) -> None:
-    contract("ffi.C.ualarm(1000, 0)", "unsigned ualarm(unsigned, unsigned);")
+    contract("ffi.C.ualarm(100000, 0)", "unsigned ualarm(unsigned, unsigned);")
     for _ in range(5):
         assert serves(bridge)
         with closing(worker_of(bridge, PROBE)) as worker:
