@@ -339,10 +339,13 @@ class InlinePeer:
         record, piece = _with_piece(self.receive(), Op.PIECE)
         return headers.Piece._make(record), piece
 
-    def drain(self, limit_ms: int = 100) -> None:
-        """Receive until nothing has come for a while."""
-        while self.dealer.poll(limit_ms):
-            self.dealer.recv()
+    def drain(self) -> None:
+        """Receive until everything that was sent so far has been answered."""
+        self.tell(messages.Health(request_id=76))
+        while True:
+            message = self.receive()
+            if headers.parse_preamble(message)[0] is Op.REPLY and decode(messages.Reply, message).request_id == 76:
+                return
 
     def is_silent(self, limit_ms: int) -> bool:
         """Tell whether nothing but PROBE comes for a while."""

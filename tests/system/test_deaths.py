@@ -5,8 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from luacell.client import DeadlineExceeded, LuaHostBridge, WorkerCrashed
+from luacell.client import CallError, DeadlineExceeded, LuaHostBridge, WorkerCrashed
 from tests.support.contracts import PROBE, Stopwatch, deploy, failure, function
+from tests.support.processes import services_of
+from tests.support.scheduling import Scheduling
 from tests.support.serving import Serving
 
 LIMIT_S = 0.3
@@ -55,23 +57,34 @@ def deadly(bridge: LuaHostBridge) -> str:
     return deploy(bridge, DEADLY)
 
 
+def overdue(bridge: LuaHostBridge, contract: str, fn_id: int, before: int) -> tuple[CallError, float]:
+    """Return how a call failed at its deadline and after how long, with what its process was doing.
+
+    A machine that is too busy to look at the process in time leaves that out; then it is tried again, a few times.
+    """
+    for _ in range(4):
+        bridge.call(contract, before)
+        with Scheduling(*services_of(bridge)) as delays, Stopwatch() as stopwatch:
+            late = failure(bridge, contract, fn_id, timeout=LIMIT_S)
+        assert isinstance(late, DeadlineExceeded)
+        assert stopwatch.seconds <= LIMIT_S + GRACE_S + delays.latest_s + delays.waited_s
+        if late.state is not None:
+            break
+    return late, stopwatch.seconds
+
+
 def test_a_loop_at_its_deadline_is_told_to_compute(bridge: LuaHostBridge, deadly: str) -> None:
-    bridge.call(deadly, BURN)  # what calls before it took is not counted
-    with Stopwatch() as stopwatch:
-        late = failure(bridge, deadly, LOOP, timeout=LIMIT_S)
-    assert isinstance(late, DeadlineExceeded)
-    assert stopwatch.seconds <= LIMIT_S + GRACE_S
+    late, seconds = overdue(bridge, deadly, LOOP, before=BURN)  # what calls before it took is not counted
     assert late.queued is not None and late.ran is not None and late.cpu is not None
     assert late.queued + late.ran >= LIMIT_S
-    assert 0 < late.cpu <= stopwatch.seconds + 0.01
+    assert 0 < late.cpu <= seconds + 0.01
     assert (late.state, late.wchan) == ("R (running)", None)
     assert f"{deadly} fn {LOOP}: not finished within its deadline 0.3 s: queued " in late.message
     assert " s of CPU, state R (running)" in late.message
 
 
 def test_a_wait_at_its_deadline_is_told_to_wait(bridge: LuaHostBridge, deadly: str) -> None:
-    late = failure(bridge, deadly, SLEEP, timeout=LIMIT_S)
-    assert isinstance(late, DeadlineExceeded)
+    late, _ = overdue(bridge, deadly, SLEEP, before=0)
     assert late.state == "S (sleeping)"
     assert late.cpu is not None and late.cpu < LIMIT_S
     assert late.wchan is None or f"state S (sleeping) in {late.wchan}" in late.message

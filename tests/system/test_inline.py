@@ -91,8 +91,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     run_directory = tmp_path_factory.mktemp("inline") / "run"
     with Serving(run_directory, "--tcp", "tcp://127.0.0.1:0") as serving, LuaHostBridge.connect(run_directory) as local:
         local.register_host_contract(HEALTHY, LuaFunction(DOUBLE))
-        local.register_host_contract(ECHOING, LuaFunction(ECHO))
-        deploy(local, MOODS, deadline="500ms")
+        deploy(local, ECHO, ECHOING, deadline="60s")
+        deploy(local, MOODS, deadline="5s", run_limit="500ms")  # a crash may wait for the workers before it
         for name in (PROBE, ECHOING):  # the memory that this host keeps is there from the first test on
             assert local.call(name, 0) == b""
         yield Place(serving, local)
@@ -229,7 +229,10 @@ def test_large_calls_hold_up_no_small_ones(place: Place, bridge: LuaHostBridge) 
     ],
 )
 def test_failure_is_the_one_that_a_local_host_gets(place: Place, bridge: LuaHostBridge, fn_id: int, code: int) -> None:
-    theirs, mine = (failure(each, PROBE, fn_id, args=b"7", out_size=1) for each in (place.local, bridge))
+    timeout = 0.4 if fn_id == 1 else None
+    theirs, mine = (
+        failure(each, PROBE, fn_id, args=b"7", out_size=1, timeout=timeout) for each in (place.local, bridge)
+    )
     assert mine.code == code
     assert type(mine) is type(theirs)
     assert without_times(mine) == without_times(theirs)
@@ -238,11 +241,13 @@ def test_failure_is_the_one_that_a_local_host_gets(place: Place, bridge: LuaHost
 
 
 def without_times(error: CallError) -> str:
-    """The text of an error, without what it measured."""
-    return re.sub(r"[0-9.]+(?:e-[0-9]+)? s\b", "… s", str(error))
+    """The text of an error, without what it measured and what is told only where it was seen in time."""
+    text = re.sub(r"[0-9.]+(?:e-[0-9]+)? s\b", "… s", str(error))
+    return re.sub(r", … s of CPU|, state \w \([\w ]+\)(?: in \w+)?", "", text)
 
 
 def test_deadline_of_the_caller_holds(bridge: LuaHostBridge) -> None:
+    bridge.call(PROBE, 0)
     with Stopwatch() as taken:
         error = failure(bridge, PROBE, 1, timeout=0.15)
     assert isinstance(error, DeadlineExceeded)
@@ -582,7 +587,9 @@ def test_piece_behind_the_last_is_a_bad_request_and_the_call_goes_on(place: Plac
     peer.piece(1, 1, b"x")
     failed = peer.failure()
     assert (failed.call_id, failed.code) == (0, AbiErrorCode.BAD_REQUEST)
-    assert peer.failure().code == AbiErrorCode.DEADLINE_EXCEEDED
+    peer.cancel(1)
+    failed = peer.failure()
+    assert (failed.call_id, failed.code) == (1, AbiErrorCode.CANCELLED)
 
 
 @pytest.mark.parametrize(
@@ -664,14 +671,14 @@ def test_time_that_the_arguments_took_counts(place: Place, peer: InlinePeer) -> 
     contract_id = place.id_of(PROBE)
     args = bytes(2 * INLINE_PIECE)
     with Stopwatch() as taken:
-        peer.call(contract_id, 1, args[:INLINE_PIECE], args_size=len(args), fn_id=1, budget_us=450_000)
+        peer.call(contract_id, 1, args[:INLINE_PIECE], args_size=len(args), fn_id=1, budget_us=600_000)
         peer.credit()
-        assert peer.is_silent(300)
+        assert peer.is_silent(200)
         peer.piece(1, INLINE_PIECE, args[INLINE_PIECE:])
         failed = peer.failure()
     assert failed.code == AbiErrorCode.DEADLINE_EXCEEDED
-    assert "deadline 0.45 s" in failed.limit
-    assert taken.seconds < 0.45 + 0.25 + 1.0
+    assert "deadline 0.6 s" in failed.limit
+    assert taken.seconds < 0.6 + 0.25 + 1.0
 
 
 def test_cancelled_call_ends_wherever_it_is(place: Place, peer: InlinePeer, echo_id: int) -> None:
