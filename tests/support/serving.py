@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from luacell.client import LuaHostBridge
+from luacell.client import LuaHostBridge, Unavailable
 from tests.support.processes import Processes
 from tests.support.waiting import LIMIT_S, eventually, readable
 
@@ -51,7 +52,11 @@ AS_NOBODY = (
 
 
 class Serving:
-    """`serve` on a run directory, ready to be connected to; stopped at the end of the block."""
+    """`serve` on a run directory, ready to be connected to; stopped at the end of the block.
+
+    Attributes:
+        start_s: how long it took until it was ready: the starts of the parent and of the broker, seconds.
+    """
 
     def __init__(
         self,
@@ -79,6 +84,7 @@ class Serving:
             *([] if state_directory is None else ["--state-dir", str(state_directory)]),
             *options,
         ]
+        started_s = time.monotonic()
         try:
             self.process = subprocess.Popen(
                 [*command, "--ready-fd", str(report)],
@@ -90,6 +96,7 @@ class Serving:
             )
             os.close(report)
             is_ready = readable(ready) and os.read(ready, 1) == b"1"
+            self.start_s = time.monotonic() - started_s
         finally:
             os.close(ready)
         if not is_ready:
@@ -148,6 +155,13 @@ def _complete(bridge: LuaHostBridge) -> Processes | None:
     with suppress(ValueError, AssertionError, ProcessLookupError):  # one of them is being started
         return Processes.of(bridge)
     return None
+
+
+def listens(run_directory: Path) -> bool:
+    """Tell whether a broker takes connections there, which its socket's being there does not say yet."""
+    with suppress(Unavailable), LuaHostBridge.connect(run_directory):
+        return True
+    return False
 
 
 def run_broker(

@@ -16,13 +16,13 @@ import pytest
 
 from luacell.client import CallError, Cancelled, LuaHostBridge, Unavailable, WorkerCrashed
 from tests.support.contracts import DOUBLE, HEALTHY, PROBE, answers, deploy, failure, function
-from tests.support.serving import Serving
+from tests.support.pending import has_begun
+from tests.support.serving import Serving, listens
 from tests.support.waiting import LIMIT_S, eventually
 
-# Runs until it has waited for as many milliseconds as args says; then answers 7.
-WAIT = function("""
-  local ends = luacell.deadline() - ffi.cast("uint32_t *", args)[0] / 1000
-  while luacell.deadline() > ends do end
+# Answers 7 as soon as there is the file that args names.
+WAIT = 'local ffi = require("ffi")\nffi.cdef[[int usleep(unsigned); int access(const char *, int);]]\n' + function("""
+  while ffi.C.access(ffi.string(args, fn_id), 0) ~= 0 do ffi.C.usleep(1000) end
   out[0] = 7
 """)
 # A broker whose patience is short.
@@ -44,7 +44,7 @@ class Parts:
         host = [sys.executable, "-P", "-m", "luacell.worker", "--run-dir", str(run_directory), "--log-level", "error"]
         self._stack = ExitStack()
         self.broker, self.worker_host = (self._start(command) for command in (broker, host))
-        eventually(lambda: (run_directory / "fd.sock").exists(), "the broker listens")
+        eventually(lambda: listens(run_directory), "the broker listens")
 
     def _start(self, command: list[str]) -> subprocess.Popen[bytes]:
         process = self._stack.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
@@ -64,15 +64,24 @@ def run_directory() -> Iterator[Path]:
         yield Path(directory) / "run"
 
 
-def call(pool: ThreadPoolExecutor, bridge: LuaHostBridge, duration_ms: int) -> Future[bytes]:
-    """Call a contract that takes so long, and wait until a worker has it."""
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """What calls wait for; it is not there yet."""
+    return tmp_path / "gate"
+
+
+def call(pool: ThreadPoolExecutor, bridge: LuaHostBridge, gate: Path) -> Future[bytes]:
+    """Call a contract that waits for the gate, and wait until the broker has the call."""
     before = bridge.health()["slots_in_flight"]
-    pending = pool.submit(bridge.call, PROBE, 0, duration_ms.to_bytes(4, "little"), 1)
+    args = bytes(gate)
+    pending = pool.submit(bridge.call, PROBE, len(args), args, 1)
     eventually(lambda: bridge.health()["slots_in_flight"] > before, "the call is under way")
     return pending
 
 
-def test_p15_calls_in_flight_and_in_the_queue_are_finished_and_later_ones_refused(run_directory: Path) -> None:
+def test_p15_calls_in_flight_and_in_the_queue_are_finished_and_later_ones_refused(
+    run_directory: Path, gate: Path
+) -> None:
     with (
         Parts(run_directory, 20_000) as parts,
         LuaHostBridge.connect(run_directory) as bridge,
@@ -82,24 +91,26 @@ def test_p15_calls_in_flight_and_in_the_queue_are_finished_and_later_ones_refuse
         deploy(bridge, WAIT, deadline="20s")
         deploy(bridge, DOUBLE, HEALTHY)
         assert answers(other, HEALTHY)
-        pending = [call(pool, bridge, duration_ms) for duration_ms in (600, 50, 50, 50)]
+        pending = [call(pool, bridge, gate) for _ in range(4)]
         parts.broker.send_signal(signal.SIGTERM)
         eventually(lambda: other.health()["state"] == "draining", "it drains")
         refused = failure(other, HEALTHY, args=bytes(4), out_size=4, timeout=0.3)
         assert isinstance(refused, Unavailable)
         assert refused.began == "no"
+        gate.touch()
         assert [each.result(LIMIT_S) for each in pending] == [b"\7"] * 4
         assert parts.broker.wait(LIMIT_S) == 0
 
 
-def test_p15_who_waits_longer_than_the_broker_may_is_cancelled(run_directory: Path) -> None:
+def test_p15_who_waits_longer_than_the_broker_may_is_cancelled(run_directory: Path, gate: Path) -> None:
     with (
         Parts(run_directory, 300) as parts,
         LuaHostBridge.connect(run_directory) as bridge,
         ThreadPoolExecutor(8) as pool,
     ):
         deploy(bridge, WAIT, deadline="20s")
-        running, waiting = (call(pool, bridge, 15_000) for _ in range(2))
+        running, waiting = (call(pool, bridge, gate) for _ in range(2))
+        eventually(lambda: has_begun(bridge), "the first one has begun")
         parts.broker.send_signal(signal.SIGTERM)
         for pending, began in ((running, "yes"), (waiting, "no")):
             error = pending.exception(LIMIT_S)
@@ -111,7 +122,7 @@ def test_p15_who_waits_longer_than_the_broker_may_is_cancelled(run_directory: Pa
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_p15_second_signal_ends_it_at_once(run_directory: Path, second: int) -> None:
+def test_p15_second_signal_ends_it_at_once(run_directory: Path, gate: Path, second: int) -> None:
     with (
         Parts(run_directory, 20_000) as parts,
         LuaHostBridge.connect(run_directory) as bridge,
@@ -119,7 +130,7 @@ def test_p15_second_signal_ends_it_at_once(run_directory: Path, second: int) -> 
         ThreadPoolExecutor(8) as pool,
     ):
         deploy(bridge, WAIT, deadline="20s")
-        running = call(pool, bridge, 15_000)
+        running = call(pool, bridge, gate)
         parts.broker.send_signal(signal.SIGTERM)
         eventually(lambda: other.health()["state"] == "draining", "it drains")
         parts.broker.send_signal(second)
@@ -129,28 +140,33 @@ def test_p15_second_signal_ends_it_at_once(run_directory: Path, second: int) -> 
         assert parts.broker.wait(LIMIT_S) == 0
 
 
-def test_p15_serve_finishes_calls_before_it_ends(run_directory: Path) -> None:
+def test_p15_serve_finishes_calls_before_it_ends(run_directory: Path, gate: Path) -> None:
     with (
         Serving(run_directory) as serving,
         LuaHostBridge.connect(run_directory) as bridge,
         ThreadPoolExecutor(8) as pool,
     ):
         deploy(bridge, WAIT, deadline="20s")
-        running = call(pool, bridge, 700)
+        running = call(pool, bridge, gate)
         serving.process.send_signal(signal.SIGTERM)
+        eventually(lambda: bridge.health()["state"] == "draining", "it drains")
+        gate.touch()
         assert running.result(LIMIT_S) == b"\7"
         assert serving.process.wait(LIMIT_S) == 0
 
 
-def test_worker_host_that_is_told_to_end_lets_calls_finish(run_directory: Path) -> None:
+def test_worker_host_that_is_told_to_end_lets_calls_finish(run_directory: Path, gate: Path) -> None:
     with (
         Parts(run_directory, 20_000) as parts,
         LuaHostBridge.connect(run_directory) as bridge,
         ThreadPoolExecutor(8) as pool,
     ):
         deploy(bridge, WAIT, deadline="20s")
-        pending = [call(pool, bridge, duration_ms) for duration_ms in (500, 20)]
+        pending = [call(pool, bridge, gate) for _ in range(2)]
+        eventually(lambda: has_begun(bridge), "the first one has begun")
         parts.worker_host.send_signal(signal.SIGTERM)
+        eventually(lambda: len(bridge.health()["workers"]) == 1, "the free workers are gone, the busy one is not")
+        gate.touch()
         results: list[bytes | CallError] = [each.result(LIMIT_S) for each in pending]
         assert results == [b"\7"] * 2, "the one handed ahead, too"
         assert parts.worker_host.wait(LIMIT_S) == 0

@@ -13,7 +13,7 @@ import pytest
 from luacell.client import AbiErrorCode, LuaHostBridge
 from tests.support.children import child_process
 from tests.support.contracts import DOUBLE, HEALTHY, answers, deploy
-from tests.support.serving import PYTHON, Serving
+from tests.support.serving import PYTHON, Serving, listens
 from tests.support.waiting import LIMIT_S, eventually
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +97,7 @@ def test_service_in_a_relative_directory(short_directory: Path) -> None:
     serve = [*PYTHON, "-m", "luacell.cli", "serve", "--run-dir", "run", "--log-level", "error"]
     with child_process(serve, cwd=short_directory, start_new_session=True) as process:
         try:
-            assert eventually(lambda: (short_directory / "run" / "fd.sock").exists(), "it listens")
+            assert eventually(lambda: listens(short_directory / "run"), "it listens")
             with LuaHostBridge.connect(short_directory / "run") as bridge:
                 deploy(bridge, DOUBLE, HEALTHY)
                 assert answers(bridge, HEALTHY)

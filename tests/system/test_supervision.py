@@ -29,15 +29,18 @@ from tests.support.children import child_process
 from tests.support.contracts import DOUBLE, HEALTHY, PROBE, Stopwatch, answers, deploy, failure, function
 from tests.support.pending import has_begun
 from tests.support.processes import Process, Processes, children_of, status_of, zombies_of
+from tests.support.scheduling import Scheduling
 from tests.support.serving import PYTHON, Serving
 from tests.support.waiting import LIMIT_S, eventually, settles
 
 ROOT = Path(__file__).parents[2]
 ENDLESS = function("while true do end")
-NAP = 'local ffi = require("ffi")\nffi.cdef[[int usleep(unsigned);]]\n' + function(
-    "ffi.C.usleep(fn_id * 1000) if out ~= nil then out[0] = 42 end"
+# Answers 42 as soon as there is the file that args names.
+NAP = 'local ffi = require("ffi")\nffi.cdef[[int usleep(unsigned); int access(const char *, int);]]\n' + function(
+    "while ffi.C.access(ffi.string(args, fn_id), 0) ~= 0 do ffi.C.usleep(1000) end out[0] = 42"
 )
 BACK_WITHIN_S = 2.0  # twice the promise, which `make test-soak` asserts: tests run beside other work
+STARTS = 3  # or as long as this many starts, where the machine is slow: a recovery is a start, a fork and a load
 GONE_WITHIN_S = 2.0
 
 
@@ -62,15 +65,18 @@ def serve_healthy(directory: Path) -> bool:
     return False
 
 
-def time_until_served(directory: Path, what: str) -> float:
-    with Stopwatch() as stopwatch:
-        eventually(lambda: serve_healthy(directory), f"the service is back after the death of the {what}")
-    print(f"service back {stopwatch.seconds:.3f} s after the death of the {what}")
-    return stopwatch.seconds
+def is_back_in_time(serving: Serving, back: Callable[[], bool], what: str) -> bool:
+    """Wait until the service is back; tell whether it was in time, for this machine."""
+    with Scheduling() as delays, Stopwatch() as stopwatch:
+        eventually(back, f"the service is back after {what}")
+    within_s = max(BACK_WITHIN_S, STARTS * serving.start_s) + delays.slack_s
+    print(f"service back {stopwatch.seconds:.3f} s after {what}, of {within_s:.3f} s")
+    return stopwatch.seconds < within_s
 
 
 # -- kill -9 ----
 def test_p08_killed_broker_is_back_within_a_second_and_its_workers_are_gone(serving: Serving) -> None:
+    directory = serving.run_directory
     with LuaHostBridge.connect(serving.run_directory) as bridge, ThreadPoolExecutor(4) as pool:
         deploy(bridge, ENDLESS, deadline="30s")
         calls = [pool.submit(failure, bridge, PROBE) for _ in range(4)]
@@ -78,12 +84,12 @@ def test_p08_killed_broker_is_back_within_a_second_and_its_workers_are_gone(serv
         with serving.processes() as before:
             workers = before.look_again()
             assert workers
-            with Stopwatch() as stopwatch:
+            with Scheduling() as delays, Stopwatch() as stopwatch:
                 before.broker.kill()
                 assert all(worker.ends_within() for worker in workers)
             print(f"workers gone {stopwatch.seconds:.3f} s after the death of the broker")
-            assert stopwatch.seconds < BACK_WITHIN_S
-            assert time_until_served(serving.run_directory, "broker") < BACK_WITHIN_S
+            assert stopwatch.seconds < BACK_WITHIN_S + delays.slack_s
+            assert is_back_in_time(serving, lambda: serve_healthy(directory), "the death of the broker")
             assert all(isinstance(call.result(LIMIT_S), Unavailable | WorkerCrashed) for call in calls)
             assert before.worker_host.ends_within()
             assert before.parent.is_alive
@@ -102,12 +108,12 @@ def test_p07_killed_worker_host_is_back_within_a_second_and_the_broker_knows_its
         eventually(lambda: has_begun(bridge), "a call has begun")
         with serving.processes() as before:
             before.worker_host.kill()
-            with Stopwatch() as stopwatch:
-                # What the old one had started may answer until it is dead as well.
-                eventually(lambda: len(serving.records("worker host joined")) == 2, "there is another worker host")
-                eventually(lambda: healthy_again(bridge), "the same bridge is served")
-            print(f"service back {stopwatch.seconds:.3f} s after the death of the worker host")
-            assert stopwatch.seconds < BACK_WITHIN_S
+            # What the old one had started may answer until it is dead as well.
+            assert is_back_in_time(
+                serving,
+                lambda: len(serving.records("worker host joined")) == 2 and healthy_again(bridge),
+                "the death of the worker host",
+            )
             crashed = running.result(LIMIT_S)
             assert isinstance(crashed, WorkerCrashed)
             assert crashed.began == "yes"
@@ -166,7 +172,7 @@ def test_all_of_them_are_killed_in_turn_under_calls(directory: Path) -> None:
                 with serving.processes() as processes:
                     victims[round_ % 2](processes).kill()
                 assert all(call.result(LIMIT_S) in ("value", "error") for call in calls), "one answer per call"
-            assert time_until_served(directory, "victim") < BACK_WITHIN_S
+            assert is_back_in_time(serving, lambda: serve_healthy(directory), "the death of the victim")
 
 
 def outcome(bridge: LuaHostBridge) -> str:
@@ -341,20 +347,22 @@ def test_children_that_hang_are_gone_two_seconds_after_their_host(directory: Pat
 
 
 # -- a worker host that leaves ----
-def test_a_worker_host_that_is_told_to_end_lets_its_workers_finish(serving: Serving) -> None:
+def test_a_worker_host_that_is_told_to_end_lets_its_workers_finish(serving: Serving, tmp_path: Path) -> None:
     with LuaHostBridge.connect(serving.run_directory) as bridge, ThreadPoolExecutor(1) as pool:
         deploy(bridge, NAP, deadline="20s")
         bridge.register_host_contract(HEALTHY, LuaFunction(DOUBLE))
-        running: Future[bytes] = pool.submit(bridge.call, PROBE, 700, None, 1)
+        path = bytes(tmp_path / "go")
+        running: Future[bytes] = pool.submit(bridge.call, PROBE, len(path), path, 1)
         eventually(lambda: has_begun(bridge), "a call has begun")
         with serving.processes() as before:
             before.worker_host.send(signal.SIGTERM)
             settles(lambda: len(before.look_again()), 1, "the free workers are gone, the busy one is not")
             assert not running.done()
+            (tmp_path / "go").touch()
             assert running.result(LIMIT_S) == bytes([42])
             assert before.worker_host.ends_within()
         eventually(lambda: healthy_again(bridge), "the next worker host serves")
-        assert bridge.call(PROBE, 1, None, 1) == bytes([42])
+        assert bridge.call(PROBE, len(path), path, 1) == bytes([42])
     serving.record("worker host leaves", logger="luacell.broker")
     serving.record("worker host left", level="info")
     serving.record("the worker host ended with exit code 0; starting it again")
