@@ -10,6 +10,8 @@ import pytest
 
 from tests.soak.failures import Failures, Place, run_starts
 
+pytestmark = pytest.mark.timeout(240)  # a place has many operations, each of which fails once
+
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Failures]:

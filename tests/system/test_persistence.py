@@ -511,6 +511,7 @@ def test_second_broker_on_a_state_directory_refuses_and_the_first_goes_on(run: P
         assert answers(bridge, PROBE)
 
 
+@pytest.mark.timeout(240)
 def test_full_registry_is_served_again_in_good_time(run: Path, state: Path) -> None:
     """Ten thousand contracts, written by the store itself; the service is up and lists and serves them."""
     subprocess.run([sys.executable, "-m", "tests.support.full_registry", str(state)], check=True, timeout=60)
