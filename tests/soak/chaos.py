@@ -21,6 +21,7 @@ from pathlib import Path
 from luacell.client import LuacellError, LuaHostBridge
 from tests.soak.history import GRACE_S, VALUE, WRONG, End, Entry, percentiles
 from tests.soak.hostile import DOUBLED, HEALTHY_NAMES, HOSTILE, name_of, outcomes_of, source_of
+from tests.soak.load import TIMEOUT_S
 from tests.soak.remains import remains
 from tests.soak.report import Report
 from tests.support.contracts import answers, deploy, function
@@ -37,6 +38,7 @@ OPTIONS = ("--max-restarts", "1000000")
 VICTIMS = {"worker": 12, "host": 3, "worker host": 2, "broker": 2}  # and how often each, among these
 PAUSES_S = (0.05, 0.4)  # between two deeds
 STOPS_S = (0.01, 0.3)
+DEADLINE = "20s"  # of healthy contracts; calls bring a timeout
 LIMITS = {"memory": "16MiB", "deadline": "1s"}
 
 
@@ -90,9 +92,11 @@ class Chaos:
         directory: an empty one.
         rng: of all chance but the moments at which processes run.
         copies: of each hostile contract.
+        timeout_s: of healthy calls, in which a service that was killed must be back.
     """
 
-    def __init__(self, directory: Path, rng: random.Random, copies: int) -> None:
+    def __init__(self, directory: Path, rng: random.Random, copies: int, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         self._run_directory = directory / "run"
         self._state_directory = directory / "state"
         for each in (self._run_directory, self._state_directory):
@@ -124,7 +128,8 @@ class Chaos:
 
     def _register(self, bridge: LuaHostBridge) -> None:
         for number, name in enumerate(HEALTHY_NAMES):
-            deploy(bridge, function(DOUBLED), name, **({"stateless": True, "workers": 2} if number % 2 else {}))
+            settings: dict[str, int | bool] = {"stateless": True, "workers": 2} if number % 2 else {}
+            deploy(bridge, function(DOUBLED), name, deadline=DEADLINE, **settings)
             assert answers(bridge, name)
         for misdeed in HOSTILE:
             for copy in range(self._copies):
@@ -132,7 +137,7 @@ class Chaos:
 
     # -- hosts -----------------------------------------------------------------------------------------------
     def _start_host(self) -> Host:
-        words = (self._run_directory, self._rng.randrange(1 << 32), RATE / HOSTS, self._copies)
+        words = (self._run_directory, self._rng.randrange(1 << 32), RATE / HOSTS, self._copies, self._timeout_s)
         command = [sys.executable, "-m", "tests.soak.chaos_host", *map(str, words)]
         host = Host(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         thread = threading.Thread(target=host.hear, name=f"ears for host {host.process.pid}")
@@ -254,7 +259,7 @@ def _counted(counter: Counter[str]) -> str:
     return ", ".join(f"{number} {what}" for what, number in counter.most_common())
 
 
-def run(seed: int, lasts_s: float = LASTS_S, copies: int = COPIES) -> Report:
+def run(seed: int, lasts_s: float = LASTS_S, copies: int = COPIES, timeout_s: float = TIMEOUT_S) -> Report:
     """Make chaos for so long."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as directory:
-        return Chaos(Path(directory), random.Random(seed), copies).run(lasts_s)
+        return Chaos(Path(directory), random.Random(seed), copies, timeout_s).run(lasts_s)

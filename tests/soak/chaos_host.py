@@ -1,4 +1,4 @@
-"""A host of `chaos` in a process of its own: `python -m tests.soak.chaos_host RUN_DIRECTORY SEED RATE COPIES`.
+"""A host of `chaos` in a process of its own: `python -m tests.soak.chaos_host RUN_DIRECTORY SEED RATE COPIES TIMEOUT`.
 
 Its threads call until stdin ends. Each call is written to stdout as it is made and as it ends, a line each, so that
 what a host was told is known even if it is killed:
@@ -19,7 +19,7 @@ from contextlib import suppress
 from luacell.client import LuaHostBridge, Unavailable
 from tests.soak.history import Entry
 from tests.soak.hostile import HEALTHY_NAMES, HOSTILE, name_of
-from tests.soak.load import NUMBER_SIZE, TIMEOUT_S, arguments, judge
+from tests.soak.load import NUMBER_SIZE, arguments, judge
 from tests.support.waiting import eventually
 
 THREADS = 4
@@ -27,11 +27,13 @@ HOSTILE_SHARE = 0.05
 HOSTILE_TIMEOUT_S = 0.4
 
 
-def main(run_directory: str, seed: int, rate: float, copies: int) -> None:
+def main(run_directory: str, seed: int, rate: float, copies: int, timeout_s: float) -> None:
     is_over = threading.Event()
     with eventually(lambda: _connected(run_directory), "there is a broker") as bridge:
         threads = [
-            threading.Thread(target=_work, args=(bridge, random.Random(seed * THREADS + n), n, rate, copies, is_over))
+            threading.Thread(
+                target=_work, args=(bridge, random.Random(seed * THREADS + n), n, rate, copies, timeout_s, is_over)
+            )
             for n in range(THREADS)
         ]
         for thread in threads:
@@ -49,7 +51,13 @@ def _connected(run_directory: str) -> LuaHostBridge | None:
 
 
 def _work(
-    bridge: LuaHostBridge, rng: random.Random, place: int, rate: float, copies: int, is_over: threading.Event
+    bridge: LuaHostBridge,
+    rng: random.Random,
+    place: int,
+    rate: float,
+    copies: int,
+    timeout_s: float,
+    is_over: threading.Event,
 ) -> None:
     pause_s = THREADS / rate
     number = place
@@ -57,7 +65,7 @@ def _work(
     while not is_over.wait(max(0.0, due_s - time.monotonic())):
         is_hostile = rng.random() < HOSTILE_SHARE
         name = name_of(rng.choice(list(HOSTILE)), rng.randrange(copies)) if is_hostile else rng.choice(HEALTHY_NAMES)
-        _call(bridge, Entry(number, name, time.monotonic(), HOSTILE_TIMEOUT_S if is_hostile else TIMEOUT_S))
+        _call(bridge, Entry(number, name, time.monotonic(), HOSTILE_TIMEOUT_S if is_hostile else timeout_s))
         number += THREADS
         due_s = max(due_s + pause_s, time.monotonic() - 1.0)  # what was missed is made up for, within reason
 
@@ -76,4 +84,4 @@ def _tell(*words: object) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))

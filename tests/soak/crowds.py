@@ -34,6 +34,7 @@ TASKS, THREADS, PROCESSES = 50, 16, 4
 WORKERS = 4
 SPINS = 30_000  # a tenth of a millisecond or so
 ERRORS = ("WorkerCrashed",)
+DEADLINE = "20s"  # of the contract; calls bring a timeout
 KILL_PAUSES_S = (0.01, 0.1)
 
 
@@ -49,14 +50,14 @@ class Tally:
         self.violations += history.violations()
 
 
-def tasks(run_directory: Path, lasts_s: float) -> Tally:
+def tasks(run_directory: Path, lasts_s: float, timeout_s: float) -> Tally:
     history = History(ERRORS)
 
     async def work(bridge: AsyncLuaHostBridge, until_s: float) -> None:
         while time.monotonic() < until_s:
-            entry = history.sent(HEALTHY, TIMEOUT_S)
+            entry = history.sent(HEALTHY, timeout_s)
             try:
-                reply = await bridge.call(HEALTHY, 0, arguments(entry), NUMBER_SIZE, timeout=TIMEOUT_S)
+                reply = await bridge.call(HEALTHY, 0, arguments(entry), NUMBER_SIZE, timeout=timeout_s)
                 outcome = judge(entry, reply)
             except Exception as error:
                 outcome = type(error).__name__
@@ -73,14 +74,14 @@ def tasks(run_directory: Path, lasts_s: float) -> Tally:
     return tally
 
 
-def threads(run_directory: Path, lasts_s: float) -> Tally:
+def threads(run_directory: Path, lasts_s: float, timeout_s: float) -> Tally:
     history = History(ERRORS)
     until_s = time.monotonic() + lasts_s
     with LuaHostBridge.connect(run_directory) as bridge, ThreadPoolExecutor(THREADS) as pool:
 
         def work() -> None:
             while time.monotonic() < until_s:
-                call(bridge, history, HEALTHY)
+                call(bridge, history, HEALTHY, timeout_s)
 
         for future in [pool.submit(work) for _ in range(THREADS)]:
             future.result(lasts_s + LIMIT_S)
@@ -89,9 +90,9 @@ def threads(run_directory: Path, lasts_s: float) -> Tally:
     return tally
 
 
-def processes(run_directory: Path, lasts_s: float) -> Tally:
+def processes(run_directory: Path, lasts_s: float, timeout_s: float) -> Tally:
     """Run a server, as a command of its own: this process has threads, and should not fork."""
-    command = [sys.executable, "-m", "tests.soak.crowds", str(run_directory), str(lasts_s)]
+    command = [sys.executable, "-m", "tests.soak.crowds", *map(str, (run_directory, lasts_s, timeout_s))]
     ended = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, cwd=ROOT, timeout=lasts_s + 2 * LIMIT_S, check=False
     )
@@ -105,15 +106,15 @@ def processes(run_directory: Path, lasts_s: float) -> Tally:
     return tally
 
 
-CROWDS: dict[str, Callable[[Path, float], Tally]] = {
+CROWDS: dict[str, Callable[[Path, float, float], Tally]] = {
     f"{TASKS} tasks": tasks,
     f"{THREADS} threads": threads,
     f"{PROCESSES} processes": processes,
 }
 
 
-def run(seed: int, lasts_s: float = 15.0) -> Report:
-    """Let each crowd call for so many seconds."""
+def run(seed: int, lasts_s: float = 15.0, timeout_s: float = TIMEOUT_S) -> Report:
+    """Let each crowd call for so many seconds, with so much time for each call."""
     rng = random.Random(seed)
     figures: dict[str, str] = {}
     violations: list[str] = []
@@ -121,11 +122,11 @@ def run(seed: int, lasts_s: float = 15.0) -> Report:
         run_directory = Path(directory) / "run"
         run_directory.mkdir(mode=0o700)
         with Serving(run_directory), LuaHostBridge.connect(run_directory) as bridge:
-            deploy(bridge, double_after(SPINS), HEALTHY, stateless=True, workers=WORKERS)
+            deploy(bridge, double_after(SPINS), HEALTHY, stateless=True, workers=WORKERS, deadline=DEADLINE)
             assert answers(bridge, HEALTHY)
             for name, crowd in CROWDS.items():
                 with Killer(run_directory, HEALTHY, rng, KILL_PAUSES_S) as killer:
-                    tally = crowd(run_directory, lasts_s)
+                    tally = crowd(run_directory, lasts_s, timeout_s)
                 outcomes = ", ".join(f"{number} {outcome}" for outcome, number in tally.outcomes.most_common())
                 figures[name] = f"{tally.outcomes.total()} calls, {killer.kills} kills: {outcomes}"
                 violations += [f"{name}: {text}" for text in tally.violations]
@@ -142,17 +143,17 @@ def run(seed: int, lasts_s: float = 15.0) -> Report:
 
 
 # -- the server that forks first ------------------------------------------------------------------------------
-def serve(run_directory: Path, lasts_s: float) -> int:
+def serve(run_directory: Path, lasts_s: float, timeout_s: float) -> int:
     """Fork, and wait for the children; the parent's bridge is not for them."""
     with LuaHostBridge.connect(run_directory) as bridge:
         bridge.health()
-        children = [os.fork() or _serve(bridge, run_directory, lasts_s) for _ in range(PROCESSES)]
+        children = [os.fork() or _serve(bridge, run_directory, lasts_s, timeout_s) for _ in range(PROCESSES)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         bridge.health()
     return max(abs(code) for code in codes)
 
 
-def _serve(parents: LuaHostBridge, run_directory: Path, lasts_s: float) -> int:
+def _serve(parents: LuaHostBridge, run_directory: Path, lasts_s: float, timeout_s: float) -> int:
     """Do a child's work, and end it."""
     history = History(ERRORS)
     violations: list[str] = []
@@ -164,7 +165,7 @@ def _serve(parents: LuaHostBridge, run_directory: Path, lasts_s: float) -> int:
     until_s = time.monotonic() + lasts_s
     with LuaHostBridge.connect(run_directory) as bridge:
         while time.monotonic() < until_s:
-            call(bridge, history, HEALTHY)
+            call(bridge, history, HEALTHY, timeout_s)
     violations += history.violations()
     told = {"outcomes": history.outcomes(), "violations": violations[:_TOLD_MAX]}
     os.write(1, json.dumps(told).encode() + b"\n")
@@ -176,7 +177,7 @@ _TOLD_MAX = 20  # violations that a child tells of, so that its line stays one w
 
 def main(words: Sequence[str]) -> int:
     assert threading.active_count() == 1
-    return serve(Path(words[0]), float(words[1]))
+    return serve(Path(words[0]), float(words[1]), float(words[2]))
 
 
 if __name__ == "__main__":

@@ -71,11 +71,15 @@ class History:
     def outcomes(self) -> Counter[str]:
         return Counter(end.outcome for entry in self.entries for end in entry.ends)
 
-    def violations(self) -> list[str]:
-        """Say what is against the promises; to be asked when every caller has returned."""
-        return [text for entry in self.entries for text in self._faults_of(entry)]
+    def violations(self, slack_s: float = 0.0) -> list[str]:
+        """Say what is against the promises; to be asked when every caller has returned.
 
-    def _faults_of(self, entry: Entry) -> list[str]:
+        Args:
+            slack_s: what answers may be late because of the machine.
+        """
+        return [text for entry in self.entries for text in self._faults_of(entry, slack_s)]
+
+    def _faults_of(self, entry: Entry, slack_s: float) -> list[str]:
         title = f"call {entry.number} to {entry.contract}"
         faults = []
         if len(entry.ends) != 1:
@@ -84,7 +88,7 @@ class History:
             if end.outcome != VALUE and end.outcome not in self._errors:
                 faults.append(f"{title} ended with {end.outcome}")
             late_s = end.ended_s - entry.sent_s - entry.timeout_s
-            if late_s > GRACE_S:
+            if late_s > GRACE_S + slack_s:
                 faults.append(f"{title} ended {late_s:.3f} s after its deadline")
         return faults
 

@@ -60,11 +60,21 @@ class Load:
         contracts: with DOUBLE; each thread calls them in turn.
         hosts, threads: how many, and how many in each.
         rate: calls per second, of all together.
+        timeout_s: of each call.
     """
 
     def __init__(
-        self, run_directory: Path, history: History, contracts: Sequence[str], *, hosts: int, threads: int, rate: float
+        self,
+        run_directory: Path,
+        history: History,
+        contracts: Sequence[str],
+        *,
+        hosts: int,
+        threads: int,
+        rate: float,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
+        self._timeout_s = timeout_s
         self._history = history
         self._contracts = contracts
         self._pause_s = hosts * threads / rate
@@ -81,7 +91,7 @@ class Load:
         due_s = time.monotonic() + self._pause_s * place / len(self._threads)
         number = place
         while not self._is_over.wait(max(0.0, due_s - time.monotonic())):
-            call(bridge, self._history, self._contracts[number % len(self._contracts)])
+            call(bridge, self._history, self._contracts[number % len(self._contracts)], self._timeout_s)
             number += 1
             due_s = max(due_s + self._pause_s, time.monotonic() - 1.0)  # what was missed is made up for, within reason
 

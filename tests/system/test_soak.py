@@ -17,11 +17,12 @@ from tests.soak.report import Report
 
 SEED = 1
 BACK_WITHIN_S = 2.0  # twice the promise, which `make test-soak` asserts
+TIMEOUT_S = 10.0  # of calls that wait for what is killed to be back, as slowly as the machine starts it
 
 
 # -- the runs ----
 def test_each_process_is_killed_under_calls() -> None:
-    kills.run(SEED, rounds=1, back_within_s=BACK_WITHIN_S).check()
+    kills.run(SEED, rounds=1, back_within_s=BACK_WITHIN_S, timeout_s=TIMEOUT_S).check()
 
 
 def test_calls_handed_ahead_to_workers_that_crash() -> None:
@@ -29,11 +30,11 @@ def test_calls_handed_ahead_to_workers_that_crash() -> None:
 
 
 def test_crowds_get_their_own_answers_while_workers_are_killed() -> None:
-    crowds.run(SEED, lasts_s=0.6).check()
+    crowds.run(SEED, lasts_s=0.6, timeout_s=TIMEOUT_S).check()
 
 
 def test_chaos_leaves_every_call_with_one_right_answer() -> None:
-    chaos.run(SEED, lasts_s=3.0, copies=1).check()
+    chaos.run(SEED, lasts_s=3.0, copies=1, timeout_s=TIMEOUT_S).check()
 
 
 def test_many_calls_leave_memory_and_descriptors_as_they_are() -> None:
@@ -49,7 +50,7 @@ def test_workers_start_and_end_in_all_ways_and_leave_nothing() -> None:
 
 
 def test_leaking_contracts_are_recycled_near_their_limits() -> None:
-    leaky.run(SEED, calls=11_000).check()
+    leaky.run(SEED, calls=14_000, share_max=0.3).check()  # time for a successor to load
 
 
 def test_the_catalogue_is_thrown_beside_healthy_calls() -> None:
