@@ -514,7 +514,7 @@ def test_second_broker_on_a_state_directory_refuses_and_the_first_goes_on(run: P
 @pytest.mark.timeout(240)
 def test_full_registry_is_served_again_in_good_time(run: Path, state: Path) -> None:
     """Ten thousand contracts, written by the store itself; the service is up and lists and serves them."""
-    subprocess.run([sys.executable, "-m", "tests.support.full_registry", str(state)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "tests.support.full_registry", str(state)], check=True, timeout=120)
     with Serving(run, state_directory=state), LuaHostBridge.connect(run) as bridge:
         assert len(bridge.contracts()) == 10_000
         assert number_of(bridge, "host.n9999@1") == 9999
