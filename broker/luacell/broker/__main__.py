@@ -158,7 +158,7 @@ def _prepare_descriptors() -> None:
     """Take the hard limit, for libzmq aborts when its listener runs out of descriptors; and have the table made now.
 
     The kernel makes a process's table of descriptors larger as it fills, and where there are threads by then it waits
-    for every processor first (`synchronize_rcu`): whoever opens the 257th or 513th would stand still for 10 to 25 ms.
+    for every processor first (`synchronize_rcu`): whoever opened the 513th stood still for 12 to 25 ms.
     Source: `expand_fdtable` in Linux's fs/file.c.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
