@@ -15,16 +15,11 @@ from typing import Self
 import pytest
 
 from luacell.client import CallError, Cancelled, LuaHostBridge, Unavailable, WorkerCrashed
-from tests.support.contracts import DOUBLE, HEALTHY, PROBE, answers, deploy, failure, function
+from tests.support.contracts import DOUBLE, GATED, HEALTHY, PROBE, answers, deploy, failure
 from tests.support.pending import has_begun
 from tests.support.serving import Serving, listens
 from tests.support.waiting import LIMIT_S, eventually
 
-# Answers 7 as soon as there is the file that args names.
-WAIT = 'local ffi = require("ffi")\nffi.cdef[[int usleep(unsigned); int access(const char *, int);]]\n' + function("""
-  while ffi.C.access(ffi.string(args, fn_id), 0) ~= 0 do ffi.C.usleep(1000) end
-  out[0] = 7
-""")
 # A broker whose patience is short.
 BROKER = """
 import sys
@@ -88,7 +83,7 @@ def test_p15_calls_in_flight_and_in_the_queue_are_finished_and_later_ones_refuse
         LuaHostBridge.connect(run_directory) as other,
         ThreadPoolExecutor(8) as pool,
     ):
-        deploy(bridge, WAIT, deadline="20s")
+        deploy(bridge, GATED, deadline="20s")
         deploy(bridge, DOUBLE, HEALTHY)
         assert answers(other, HEALTHY)
         pending = [call(pool, bridge, gate) for _ in range(4)]
@@ -98,7 +93,7 @@ def test_p15_calls_in_flight_and_in_the_queue_are_finished_and_later_ones_refuse
         assert isinstance(refused, Unavailable)
         assert refused.began == "no"
         gate.touch()
-        assert [each.result(LIMIT_S) for each in pending] == [b"\7"] * 4
+        assert [each.result(LIMIT_S) for each in pending] == [bytes([42])] * 4
         assert parts.broker.wait(LIMIT_S) == 0
 
 
@@ -108,7 +103,7 @@ def test_p15_who_waits_longer_than_the_broker_may_is_cancelled(run_directory: Pa
         LuaHostBridge.connect(run_directory) as bridge,
         ThreadPoolExecutor(8) as pool,
     ):
-        deploy(bridge, WAIT, deadline="20s")
+        deploy(bridge, GATED, deadline="20s")
         running, waiting = (call(pool, bridge, gate) for _ in range(2))
         eventually(lambda: has_begun(bridge), "the first one has begun")
         parts.broker.send_signal(signal.SIGTERM)
@@ -129,7 +124,7 @@ def test_p15_second_signal_ends_it_at_once(run_directory: Path, gate: Path, seco
         LuaHostBridge.connect(run_directory) as other,
         ThreadPoolExecutor(8) as pool,
     ):
-        deploy(bridge, WAIT, deadline="20s")
+        deploy(bridge, GATED, deadline="20s")
         running = call(pool, bridge, gate)
         parts.broker.send_signal(signal.SIGTERM)
         eventually(lambda: other.health()["state"] == "draining", "it drains")
@@ -146,12 +141,12 @@ def test_p15_serve_finishes_calls_before_it_ends(run_directory: Path, gate: Path
         LuaHostBridge.connect(run_directory) as bridge,
         ThreadPoolExecutor(8) as pool,
     ):
-        deploy(bridge, WAIT, deadline="20s")
+        deploy(bridge, GATED, deadline="20s")
         running = call(pool, bridge, gate)
         serving.process.send_signal(signal.SIGTERM)
         eventually(lambda: bridge.health()["state"] == "draining", "it drains")
         gate.touch()
-        assert running.result(LIMIT_S) == b"\7"
+        assert running.result(LIMIT_S) == bytes([42])
         assert serving.process.wait(LIMIT_S) == 0
 
 
@@ -161,13 +156,13 @@ def test_worker_host_that_is_told_to_end_lets_calls_finish(run_directory: Path, 
         LuaHostBridge.connect(run_directory) as bridge,
         ThreadPoolExecutor(8) as pool,
     ):
-        deploy(bridge, WAIT, deadline="20s")
+        deploy(bridge, GATED, deadline="20s")
         pending = [call(pool, bridge, gate) for _ in range(2)]
         eventually(lambda: has_begun(bridge), "the first one has begun")
         parts.worker_host.send_signal(signal.SIGTERM)
         eventually(lambda: len(bridge.health()["workers"]) == 1, "the free workers are gone, the busy one is not")
         gate.touch()
         results: list[bytes | CallError] = [each.result(LIMIT_S) for each in pending]
-        assert results == [b"\7"] * 2, "the one handed ahead, too"
+        assert results == [bytes([42])] * 2, "the one handed ahead, too"
         assert parts.worker_host.wait(LIMIT_S) == 0
         assert not isinstance(failure(bridge, PROBE, timeout=0.1), WorkerCrashed)

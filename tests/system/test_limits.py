@@ -10,7 +10,7 @@ import pytest
 from luacell.client import LuaFunction, LuaHostBridge, VmRegistrationFailed
 from luacell.protocol.errors import Busy
 from luacell.protocol.limits import KIB, MIB, PAYLOAD_MAX, RSS_MIN, SOURCE_MAX, STATE_MAX
-from tests.support.contracts import ECHO, HEALTHY, PROBE, deploy, function, unregister_all
+from tests.support.contracts import ECHO, GATED, HEALTHY, PROBE, deploy, function, unregister_all
 from tests.support.processes import resident_kib, worker_of
 from tests.support.serving import Serving
 from tests.support.typed_contracts import COUNTER_LUA, counter_api, deploy_typed
@@ -51,10 +51,10 @@ def bridge(shared_serving: Serving) -> Iterator[LuaHostBridge]:
 def refusals(bridge: LuaHostBridge, directory: Path, count: int, wanted: int, **settings: int) -> list[Busy]:
     """Make calls at once that end only when some of them have been answered, as they can be by refusals alone."""
     gate = directory / "gate"
-    body = f'local seen while not seen do seen = io.open("{gate}") end seen:close()'
-    deploy(bridge, function(body), PROBE, deadline="30s", read=[str(directory)], **settings)
+    name = bytes(gate)
+    deploy(bridge, GATED, PROBE, deadline="30s", **settings)
     with ThreadPoolExecutor(count) as pool:
-        calls = [pool.submit(bridge.call, PROBE, 0) for _ in range(count)]
+        calls = [pool.submit(bridge.call, PROBE, len(name), name) for _ in range(count)]
         try:
             eventually(lambda: sum(each.done() for each in calls) >= wanted, "calls are refused")
         finally:

@@ -45,7 +45,8 @@ def test_p14_recycling_under_load_fails_no_call(shared_serving: Serving, bridge:
         workers += number == 1
         highest = max(highest, number)
         assert highest <= 80
-        time.sleep(1 / 400 if number < 50 else 1 / 20)  # 30 calls take longer than any fork
+        # The load's pace, no wait for an event: past its limit a worker has 30 calls, 1.5 s, until it must be followed.
+        time.sleep(1 / 400 if number < 50 else 1 / 20)
     eventually(lambda: len(shared_serving.records("worker recycled", contract=name)) >= 6, "workers are recycled")
     assert highest >= 50
     records = shared_serving.records("worker recycled", contract=name)

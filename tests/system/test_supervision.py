@@ -26,7 +26,7 @@ from luacell.client import (
     WorkerCrashed,
 )
 from tests.support.children import child_process
-from tests.support.contracts import DOUBLE, HEALTHY, PROBE, Stopwatch, answers, deploy, failure, function
+from tests.support.contracts import DOUBLE, GATED, HEALTHY, PROBE, Stopwatch, answers, deploy, failure, function
 from tests.support.pending import has_begun
 from tests.support.processes import Process, Processes, children_of, status_of, zombies_of
 from tests.support.scheduling import Scheduling
@@ -35,10 +35,6 @@ from tests.support.waiting import LIMIT_S, eventually, settles
 
 ROOT = Path(__file__).parents[2]
 ENDLESS = function("while true do end")
-# Answers 42 as soon as there is the file that args names.
-NAP = 'local ffi = require("ffi")\nffi.cdef[[int usleep(unsigned); int access(const char *, int);]]\n' + function(
-    "while ffi.C.access(ffi.string(args, fn_id), 0) ~= 0 do ffi.C.usleep(1000) end out[0] = 42"
-)
 BACK_WITHIN_S = 2.0  # twice the promise, which `make test-soak` asserts: tests run beside other work
 STARTS = 3  # or as long as this many starts, where the machine is slow: a recovery is a start, a fork and a load
 GONE_WITHIN_S = 2.0
@@ -349,7 +345,7 @@ def test_children_that_hang_are_gone_two_seconds_after_their_host(directory: Pat
 # -- a worker host that leaves ----
 def test_a_worker_host_that_is_told_to_end_lets_its_workers_finish(serving: Serving, tmp_path: Path) -> None:
     with LuaHostBridge.connect(serving.run_directory) as bridge, ThreadPoolExecutor(1) as pool:
-        deploy(bridge, NAP, deadline="20s")
+        deploy(bridge, GATED, deadline="20s")
         bridge.register_host_contract(HEALTHY, LuaFunction(DOUBLE))
         path = bytes(tmp_path / "go")
         running: Future[bytes] = pool.submit(bridge.call, PROBE, len(path), path, 1)
